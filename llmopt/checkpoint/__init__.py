@@ -1,0 +1,1 @@
+"""Safetensors on disk: lazy reader, shard writer, staged artifact, publication."""

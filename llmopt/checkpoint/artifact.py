@@ -1,0 +1,242 @@
+"""A staged output: what is being written, its journal and its scratch files, under a lock.
+
+Beside the output lies ``.NAME.llmopt-staging`` with ``artifact/`` (what will be published, and
+nothing else), ``scratch/``, ``journal.json`` and ``lock``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from llmopt.checkpoint.durable import fsync_path, storage_errors
+from llmopt.checkpoint.journal import (
+    Journal,
+    JournalState,
+    check_fingerprint,
+    count_intact_blocks,
+    read_state,
+    write_state,
+)
+from llmopt.errors import AlreadyConcludedError, BadInputError, StorageError
+
+JOURNAL_FILE = "journal.json"
+LOCK_FILE = "lock"
+
+
+class Artifact:
+    """An output that is being written; made by ``open_artifact``, ended by ``publish``.
+
+    Attributes:
+        output: where it will be visible.
+        staging: the working directory beside ``output``.
+        directory: what will be visible: write shards, configuration and report here.
+        scratch: for working files; kept over a resume, never published.
+        journal: which blocks are done.
+    """
+
+    def __init__(self, output: Path, staging: Path, journal: Journal, lock: int) -> None:
+        self.output = output
+        self.staging = staging
+        self.directory = staging / "artifact"
+        self.scratch = staging / "scratch"
+        self.journal = journal
+        self._lock: int | None = lock
+
+    def close(self) -> None:
+        """Releases the lock; what is staged stays for a resume."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        """The artifact itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes it."""
+        self.close()
+
+
+def open_artifact(
+    output: Path, fingerprint: Mapping[str, str], *, resume: bool, needed_bytes: int
+) -> Artifact:
+    """Begins an output, or with ``resume`` continues one that was interrupted, if there is one.
+
+    Args:
+        output: a directory that does not exist or is empty; it is not touched before ``publish``.
+        fingerprint: what must be equal for a resume to give the same bytes.
+        resume: continue from the staging directory.
+        needed_bytes: disk space of the whole run, scratch files included.
+
+    Raises:
+        BadInputError: an output that is not empty, a link or a file; an interrupted run in the
+            way, another run at work on it, or one with another fingerprint.
+        AlreadyConcludedError: the run to resume needs no resuming.
+        StorageError: too small a disk, or one that refuses.
+    """
+    output = Path(os.path.abspath(output))
+    staging = _staging_of(output)
+    with storage_errors(f"cannot stage {output}"):
+        interrupted = staging.is_dir() and not staging.is_symlink()
+        if not (interrupted and resume):
+            check_output(output)
+        _check_space(output, needed_bytes - (_allocated_bytes(staging) if interrupted else 0))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            staging.mkdir()
+        except FileExistsError:
+            interrupted = True
+        lock = _lock(staging)
+    try:
+        if interrupted and not resume:
+            raise BadInputError(
+                f"{staging} holds an interrupted run for {output}",
+                f"continue it with --resume, or remove {staging}",
+            )
+        return Artifact(output, staging, _journal(output, staging, fingerprint), lock)
+    except BaseException:
+        if not interrupted:
+            shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+        raise
+
+
+def _staging_of(output: Path) -> Path:
+    output = Path(os.path.abspath(output))
+    return output.parent / f".{output.name}.llmopt-staging"
+
+
+def remove_staging(staging: Path) -> None:
+    """Removes a staging directory; the journal goes late, so that a kill leaves it readable."""
+    for name in ("artifact", "scratch"):
+        if (staging / name).is_dir():
+            shutil.rmtree(staging / name)
+    shutil.rmtree(staging)
+    fsync_path(staging.parent)
+
+
+def _journal(output: Path, staging: Path, fingerprint: Mapping[str, str]) -> Journal:
+    """The journal to go on with; the staged directories hold what it says and no more."""
+    path, directory, scratch = staging / JOURNAL_FILE, staging / "artifact", staging / "scratch"
+    if not path.exists():  # killed before anything was written, or a new run
+        check_output(output)
+        with storage_errors(f"cannot stage {output}"):
+            for folder in (directory, scratch):
+                if folder.exists():
+                    shutil.rmtree(folder)
+                folder.mkdir()
+            write_state(path, JournalState(fingerprint=dict(fingerprint)))
+            fsync_path(staging.parent)
+        return Journal(path, read_state(path))
+    state = read_state(path)
+    if state.conclusion is not None and not directory.exists():
+        with storage_errors(f"cannot remove {staging}"):
+            fsync_path(output.parent)
+            remove_staging(staging)
+        raise AlreadyConcludedError(
+            state.conclusion.outcome, output.parent / state.conclusion.destination
+        )
+    check_output(output)
+    check_fingerprint(state, fingerprint, staging)
+    journal = Journal(path, state)
+    if state.conclusion is not None:
+        journal.conclude(None)
+    with storage_errors(f"cannot read back {directory}"):
+        intact = count_intact_blocks(state, directory)
+        if intact < len(state.blocks):
+            # What the block after the last intact one starts from is gone: scratch files hold
+            # the inputs of the block that came next, and no earlier ones.
+            journal.keep_blocks(0)
+        _remove_all_but(directory, {entry.shard.file for entry in journal.blocks})
+        _remove_all_but(staging, {JOURNAL_FILE, LOCK_FILE, "artifact", "scratch"})
+    return journal
+
+
+def clear_folder(directory: Path) -> None:
+    """Remove everything in a directory."""
+    _remove_all_but(directory, set())
+
+
+def _remove_all_but(directory: Path, kept: set[str]) -> None:
+    for path in sorted(directory.iterdir()):
+        if path.name in kept:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def check_output(output: Path, *, resume: bool = False) -> None:
+    """Hold that an output path is free: absent, or an empty directory.
+
+    With ``resume`` and something to resume the path may be taken: by that very run, killed after
+    its output was in place. ``open_artifact`` tells.
+
+    Raises:
+        BadInputError: a link, a file, or a directory that is not empty.
+    """
+    if resume and _staging_of(output).is_dir():
+        return
+    remedy = "choose another output directory; llmopt never writes over one"
+    if output.is_symlink():
+        raise BadInputError(f"output {output} is a symbolic link", remedy)
+    if output.exists() and not output.is_dir():
+        raise BadInputError(f"output {output} is a file", remedy)
+    if output.exists() and any(output.iterdir()):
+        raise BadInputError(f"output directory {output} is not empty", remedy)
+
+
+def _check_space(output: Path, missing_bytes: int) -> None:
+    ancestor = output.parent
+    while not ancestor.exists() and ancestor != ancestor.parent:
+        ancestor = ancestor.parent
+    if not ancestor.is_dir():
+        raise BadInputError(f"{ancestor} is a file", "choose another output directory")
+    free_bytes = shutil.disk_usage(ancestor).free
+    if missing_bytes > free_bytes:
+        raise StorageError(
+            f"the disk of {output} is too small: {missing_bytes / 1e9:.2f} GB more are needed, "
+            f"{free_bytes / 1e9:.2f} GB are free",
+            "free space there, or choose an output on another disk",
+        )
+
+
+def _allocated_bytes(directory: Path) -> int:
+    # Blocks, not sizes: the scratch files may be sparse, and their holes must still find space.
+    total = 0
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            try:
+                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
+            except FileNotFoundError:  # another run, whose lock is seen later, is at work
+                continue
+    return total
+
+
+def _lock(staging: Path) -> int:
+    """A descriptor that holds the staging directory's lock until it is closed."""
+    path = staging / LOCK_FILE
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The run that held it may have ended, and removed the file, since it was opened.
+        if os.stat(path).st_ino != os.fstat(descriptor).st_ino:
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError) as error:
+        os.close(descriptor)
+        raise BadInputError(
+            f"another run is at work on {staging}", "wait for it, or choose another output"
+        ) from error
+    return descriptor
