@@ -1,0 +1,1 @@
+"""Calibration: text to token blocks, the block walker, and the statistics a solver needs."""

@@ -1,0 +1,123 @@
+"""One block over all batches: gather input statistics, or write outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.calibration.hidden_states import HiddenStates
+from llmopt.calibration.statistics import InputStatistics, not_finite
+from llmopt.calibration.walker import BlockWalker
+from llmopt.errors import NumericalError
+
+Group = tuple[str, ...]
+
+
+class _AllCapturedError(Exception):
+    """Ends a block's forward once every wanted input has been seen."""
+
+
+def collect(
+    walker: BlockWalker,
+    block: int,
+    module: nn.Module,
+    inputs: HiddenStates,
+    groups: Sequence[Group],
+) -> dict[Group, InputStatistics]:
+    """Run a block over all batches as far as the last wanted group, gathering its inputs.
+
+    Args:
+        walker: started with the batches that `inputs` holds.
+        block: the block's index.
+        module: the block itself, from `walker.materialise`, with whatever weights it has by now.
+        inputs: the block's hidden states.
+        groups: input groups of the block (`ModelStructure.input_groups`), at least one.
+
+    Raises:
+        NumericalError: NaN or infinity in an input; names the layer and the sample.
+    """
+    assert groups
+    captured: dict[Group, Tensor] = {}
+    statistics: dict[Group, InputStatistics] = {}
+    prefix = walker.structure.block_prefix(block)
+    handles = []
+    for group in groups:
+        linear = module.get_submodule(group[0])
+        assert isinstance(linear, nn.Linear)
+        name = ", ".join(f"{prefix}.{path}" for path in group)
+        statistics[group] = InputStatistics(name, linear.in_features, walker.device)
+
+        def capture(_: nn.Module, args: tuple[Tensor, ...], group: Group = group) -> None:
+            captured[group] = args[0]
+            if len(captured) == len(groups):
+                raise _AllCapturedError
+
+        handles.append(linear.register_forward_pre_hook(capture))
+    try:
+        for index, batch in enumerate(walker.batches):
+            captured.clear()
+            try:
+                walker.forward(block, module, index, inputs.read(index))
+            except _AllCapturedError:
+                for group, tensor in captured.items():
+                    statistics[group].update(tensor, batch, index)
+            else:
+                raise AssertionError(f"{prefix} ran without {groups}")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return statistics
+
+
+def advance(
+    walker: BlockWalker,
+    block: int,
+    module: nn.Module,
+    inputs: HiddenStates,
+    outputs: HiddenStates,
+) -> None:
+    """Run a block over all batches from `inputs` to `outputs` (not flushed here).
+
+    Raises:
+        NumericalError: NaN or infinity in an output; names the layer that made it and the sample.
+    """
+    for index in range(inputs.num_batches):
+        hidden = inputs.read(index)
+        output = walker.forward(block, module, index, hidden)
+        if not bool(output.isfinite().all()):
+            raise _locate(walker, block, module, index, hidden, output)
+        outputs.write(index, output)
+
+
+def _locate(
+    walker: BlockWalker, block: int, module: nn.Module, index: int, hidden: Tensor, output: Tensor
+) -> NumericalError:
+    """Run the batch again and find the first layer with a finite input and a bad output."""
+    prefix = walker.structure.block_prefix(block)
+    batch = walker.batches[index]
+    if not bool(hidden.isfinite().all()):
+        return not_finite(f"the input of {prefix}", hidden, batch, index)
+    culprits: list[tuple[str, Tensor]] = []
+
+    def watch(path: str, child: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, args: tuple[object, ...], made: object) -> None:
+            given_bad = any(isinstance(a, Tensor) and not bool(a.isfinite().all()) for a in args)
+            if isinstance(made, Tensor) and not given_bad and not bool(made.isfinite().all()):
+                culprits.append((path, made))
+
+        return child.register_forward_hook(hook)
+
+    leaves = [(path, child) for path, child in module.named_modules() if not any(child.children())]
+    handles = [watch(path, child) for path, child in leaves]
+    try:
+        walker.forward(block, module, index, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    path, made = next(iter(culprits), ("", output))
+    name = f"{prefix}.{path}" if path else prefix
+    if made.shape[:2] != batch.shape:
+        made = output
+    return not_finite(f"the output of {name}", made, batch, index)

@@ -1,0 +1,75 @@
+"""What a solver needs to know of a linear layer's inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmopt.checkpoint.shell import TokenBatch
+from llmopt.errors import NumericalError
+
+
+class InputStatistics:
+    """Statistics of the input that a group of linear layers shares, gathered batch by batch.
+
+    Attributes:
+        layer: full names of the linear layers, for error messages.
+        hessian: (in, in) float32, 2/n sum x x^T over the n tokens seen so far: the Hessian of the
+            mean squared error of one output (Frantar et al., GPTQ, 2022).
+        largest: (in,) float32, the largest |x| of each input column.
+        num_tokens: n.
+    """
+
+    def __init__(self, layer: str, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.layer = layer
+        self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.largest = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.num_tokens = 0
+
+    @torch.no_grad()
+    def update(self, inputs: Tensor, batch: TokenBatch, index: int) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: (batch, tokens, in) activations.
+            batch: whose they are.
+            index: its index, for error messages.
+
+        Raises:
+            NumericalError: NaN or infinity among the inputs, or a Hessian beyond float32.
+        """
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        largest = rows.abs().amax(dim=0)
+        if not bool(largest.isfinite().all()):
+            raise not_finite(f"the input of {self.layer}", inputs, batch, index)
+        total = self.num_tokens + len(rows)
+        self.hessian.addmm_(rows.T, rows, beta=self.num_tokens / total, alpha=2 / total)
+        if not bool(self.hessian.diagonal().isfinite().all()):
+            raise NumericalError(
+                f"the Hessian of {self.layer} overflows float32 at batch {index} "
+                f"({batch.row_name(0)} and after): its largest input is {float(largest.max()):.3g}",
+                "check the source model on this text; leave this layer out with `ignore`",
+            )
+        torch.maximum(self.largest, largest, out=self.largest)
+        self.num_tokens = total
+
+    @property
+    def zero_columns(self) -> Tensor:
+        """(in,) bool: input columns that were zero for every token."""
+        return self.largest == 0
+
+    @property
+    def max_abs(self) -> float:
+        """The largest |x| of all."""
+        return float(self.largest.max())
+
+
+def not_finite(what: str, values: Tensor, batch: TokenBatch, index: int) -> NumericalError:
+    """The error for NaN or infinity in `values` (batch, tokens, ...), which must hold some."""
+    bad = ~values.isfinite().reshape(*batch.shape, -1).all(dim=-1)  # (batch, tokens)
+    row, token = (int(position) for position in bad.nonzero()[0])
+    kind = "NaN" if bool(values.reshape(*batch.shape, -1)[row, token].isnan().any()) else "infinity"
+    return NumericalError(
+        f"{kind} in {what}, at token {token} of {batch.row_name(row)} (batch {index}, row {row})",
+        "check the source model on this text; with 16-bit activations, compute in float32",
+    )
