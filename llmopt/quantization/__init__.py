@@ -1,0 +1,1 @@
+"""The mathematics of quantization: pure functions on tensors, no files, no models."""

@@ -1,0 +1,34 @@
+"""What a scheme costs on disk, before anything is written."""
+
+from __future__ import annotations
+
+import torch
+
+from llmopt.quantization.scheme import Scheme
+
+_WORD_BITS = 32
+
+
+def stored_bits_per_weight(
+    scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype
+) -> float:
+    """Bits a weight of ``shape (out, in)`` takes, with scales, zero points and group index.
+
+    Codes and zero points are packed into 32-bit words, rows padded to whole words.
+
+    Raises:
+        BadInputError: if the group size does not divide ``in``.
+    """
+    rows, columns = shape
+    groups = columns // scheme.columns_per_group(columns)
+    bits = rows * _packed_bits(columns, scheme.bits)
+    bits += rows * groups * scale_dtype.itemsize * 8
+    if not scheme.symmetric:
+        bits += groups * _packed_bits(rows, scheme.bits)
+    if scheme.activation_order == "group":
+        bits += columns * 32
+    return bits / (rows * columns)
+
+
+def _packed_bits(count: int, bits: int) -> int:
+    return -(-count * bits // _WORD_BITS) * _WORD_BITS
