@@ -1,0 +1,149 @@
+"""What each consumer accepts, as data (``consumers.yaml``), and why it refuses the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmopt.quantization.scheme import ActivationOrder, IntBits, Scheme
+
+Shard = Literal["in", "out"]
+"""The dimension that tensor parallelism cuts: rows of o/down, columns of q/k/v and gate/up."""
+
+_Refused = Literal[
+    "bits",
+    "symmetric",
+    "group_size",
+    "activation_order",
+    "dtype",
+    "in_multiple",
+    "out_multiple",
+    "mixed_schemes",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Accepted(_Section):
+    """A kind of scheme that a consumer runs; ``proven`` if it has been run and compared."""
+
+    bits: tuple[IntBits, ...]
+    symmetric: bool
+    group_sizes: tuple[int | Literal["channel"], ...] | Literal["any"]
+    proven: bool
+
+    def covers(self, scheme: Scheme) -> bool:
+        """Whether ``scheme`` is of this kind."""
+        return (
+            scheme.bits in self.bits
+            and scheme.symmetric == self.symmetric
+            and (self.group_sizes == "any" or (scheme.group_size or "channel") in self.group_sizes)
+        )
+
+
+class Consumer(_Section):
+    """One consumer at one version; the head of ``consumers.yaml`` explains the keys."""
+
+    title: str
+    versions: dict[str, str]
+    accepts: tuple[Accepted, ...]
+    activation_orders: tuple[ActivationOrder, ...]
+    dtypes: tuple[Literal["bfloat16", "float16", "float32"], ...]
+    in_multiple: int = Field(gt=0)
+    out_multiple: int = Field(gt=0)
+    mixed_schemes: bool
+    fuses_shared_inputs: bool
+    reasons: dict[_Refused, str]
+
+    def proven(self, scheme: Scheme) -> bool:
+        """Whether this scheme has been run and compared, not only read about."""
+        return scheme.activation_order in self.activation_orders and any(
+            row.proven and row.covers(scheme) for row in self.accepts
+        )
+
+    @property
+    def version(self) -> str:
+        """The versions that the facts are of, in words."""
+        return ", ".join(f"{package} {version}" for package, version in self.versions.items())
+
+    def refusals(
+        self,
+        scheme: Scheme,
+        in_features: int,
+        out_features_fused: int,
+        tensor_parallel_size: int,
+        dtype: torch.dtype,
+        *,
+        shard: Shard | None = None,
+    ) -> list[str]:
+        """Why it would not run a linear layer, empty if it would.
+
+        ``out_features_fused`` is of the whole group that it fuses (q/k/v, gate/up). ``shard`` is
+        the dimension that ranks divide; where it is not known both are checked.
+        """
+        refused = self._scheme_refusals(scheme, dtype)
+        sizes: tuple[tuple[Shard, str, int, int], ...] = (
+            ("in", "input", in_features, self.in_multiple),
+            ("out", "fused output", out_features_fused, self.out_multiple),
+        )
+        for side, label, size, multiple in sizes:
+            ranks = tensor_parallel_size if shard in (None, side) else 1
+            share, rest = divmod(size, ranks)
+            if rest:
+                refused.append(f"{size} {label} features do not divide among {ranks} ranks")
+            elif share % multiple:
+                reason = self.reasons["in_multiple" if side == "in" else "out_multiple"]
+                refused.append(
+                    f"{share} {label} features a rank are no multiple of {multiple}: {reason}"
+                )
+            elif side == "in" and scheme.group_size and share % scheme.group_size:
+                refused.append(
+                    f"groups of {scheme.group_size} do not divide {share} input features a rank"
+                )
+        return refused
+
+    def mixture_refusal(self, schemes: Collection[Scheme]) -> str | None:
+        """Why it would not open a checkpoint of these schemes together, or ``None``."""
+        if self.mixed_schemes or len(set(schemes)) < 2:
+            return None
+        return f"several schemes in one checkpoint: {self.reasons['mixed_schemes']}"
+
+    def _scheme_refusals(self, scheme: Scheme, dtype: torch.dtype) -> list[str]:
+        reasons = self.reasons
+        refused: list[str] = []
+        if not any(row.covers(scheme) for row in self.accepts):
+            same_bits = [row for row in self.accepts if scheme.bits in row.bits]
+            if not same_bits:
+                refused.append(f"{scheme.bits} bits: {reasons['bits']}")
+            elif not any(row.symmetric == scheme.symmetric for row in same_bits):
+                kind = "symmetric" if scheme.symmetric else "asymmetric"
+                refused.append(f"{kind} {scheme.bits} bits: {reasons['symmetric']}")
+            else:
+                refused.append(f"group size {scheme.group_size}: {reasons['group_size']}")
+        if scheme.activation_order not in self.activation_orders:
+            order = scheme.activation_order
+            refused.append(f"activation order {order}: {reasons['activation_order']}")
+        name = str(dtype).removeprefix("torch.")
+        if name not in self.dtypes:
+            refused.append(f"{name} models: {reasons['dtype']}")
+        return refused
+
+
+class _Table(_Section):
+    schema_version: Literal[1]
+    consumers: dict[str, Consumer]
+
+
+@cache
+def load_consumers() -> dict[str, Consumer]:
+    """Every consumer by the name that recipes use."""
+    text = files("llmopt.formats").joinpath("consumers.yaml").read_text(encoding="utf-8")
+    return _Table.model_validate(yaml.safe_load(text)).consumers

