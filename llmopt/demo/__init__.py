@@ -1,0 +1,1 @@
+"""The demo model: a tiny Llama trained on the built-in text, and how it was trained."""
