@@ -1,0 +1,102 @@
+"""The blocks of a job, one after the other: solve, write the shard, journal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llmopt.calibration.block_pass import advance
+from llmopt.calibration.hidden_states import HiddenStatePair
+from llmopt.calibration.walker import BlockWalker
+from llmopt.checkpoint.artifact import Artifact, clear_folder
+from llmopt.checkpoint.journal import BlockEntry
+from llmopt.checkpoint.shards import shard_file_name, write_shard
+from llmopt.formats import FORMATS
+from llmopt.job import Job, calibration_batches
+from llmopt.progress import Progress
+from llmopt.solving import SolvedLinear, round_block, solve_block
+from llmopt.writing import assemble_part
+
+
+def write_parts(job: Job, artifact: Artifact, progress: Progress) -> None:
+    """One shard a block, journalled; what the journal has is not done again.
+
+    Raises:
+        NumericalError: NaN or infinity on the way; names the layer and the sample.
+        StorageError: if the disk refuses; what the journal has stays for a resume.
+    """
+    first = len(artifact.journal.blocks)
+    if first == len(job.parts):
+        return
+    if job.texts.calibration is None:
+        _round_parts(job, artifact, first, progress)
+    else:
+        _solve_parts(job, artifact, first, job.texts.calibration.blocks, progress)
+    clear_folder(artifact.scratch)  # the judging needs the room
+
+
+def _round_parts(job: Job, artifact: Artifact, first: int, progress: Progress) -> None:
+    for index, part in enumerate(job.parts[first:], start=first):
+        progress("quantize", index, len(job.parts))
+        solved: list[SolvedLinear] = []
+        if part.block is not None:
+            solved = round_block(
+                job.structure,
+                job.reader,
+                part.block,
+                job.recipe.quantize,
+                job.contract.schemes,
+                job.device,
+            )
+        _write_part(job, artifact, index, solved)
+    progress("quantize", len(job.parts), len(job.parts))
+
+
+def _solve_parts(
+    job: Job, artifact: Artifact, first: int, blocks: torch.Tensor, progress: Progress
+) -> None:
+    structure, batches = job.structure, calibration_batches(blocks)
+    walker = BlockWalker(structure, job.reader, job.device)
+    shapes = [batch.shape for batch in batches]
+    if 0 < first < structure.num_blocks:
+        states = HiddenStatePair.open(artifact.scratch, shapes, structure.hidden_size, walker.dtype)
+        walker.resume(batches)
+    elif first == 0:
+        states = HiddenStatePair.create(
+            artifact.scratch, shapes, structure.hidden_size, walker.dtype
+        )
+        walker.start(batches, states.inputs(0))
+    for index, part in enumerate(job.parts[first:], start=first):
+        progress("quantize", index, len(job.parts))
+        if part.block is None:
+            _write_part(job, artifact, index, [])
+            continue
+        inputs, outputs = states.inputs(part.block), states.outputs(part.block)
+        with walker.materialise(part.block) as module:
+            solved = solve_block(
+                walker, part.block, module, inputs, job.recipe.quantize, job.contract.schemes
+            )
+            advance(walker, part.block, module, inputs, outputs)
+        outputs.flush()  # before the journal says that the next block has its inputs
+        _write_part(job, artifact, index, solved)
+    progress("quantize", len(job.parts), len(job.parts))
+
+
+def _write_part(job: Job, artifact: Artifact, index: int, solved: Sequence[SolvedLinear]) -> None:
+    form = FORMATS[job.recipe.output.format]
+    written = assemble_part(job.parts[index], job.reader, job.structure, form, solved)
+    shard = write_shard(
+        artifact.directory / shard_file_name(index, len(job.parts)), written.tensors
+    )
+    artifact.journal.append(
+        BlockEntry(
+            index=index,
+            shard=shard,
+            digests={linear.module: linear.tensor.digest() for linear in solved},
+            payload={
+                "layers": [linear.record.model_dump(mode="json") for linear in solved],
+                "ledger": [entry.model_dump(mode="json") for entry in written.entries],
+            },
+        )
+    )

@@ -1,0 +1,231 @@
+"""What must hold before the first block is read; refused in a second, not after an hour."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from llmopt.checkpoint.reader import CheckpointReader
+from llmopt.checkpoint.structure import ModelStructure
+from llmopt.errors import BadInputError, ContractError
+from llmopt.formats import FORMATS
+from llmopt.formats.base import Format
+from llmopt.formats.consumers import Consumer as ConsumerRow
+from llmopt.formats.consumers import load_consumers
+from llmopt.quantization.scheme import Scheme
+from llmopt.recipe import QuantizeStage, Recipe, matches
+from llmopt.report.schema import Consumer, ContractCheck
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What source, recipe and consumers agreed on.
+
+    Attributes:
+        schemes: by memory name of each linear layer that will be quantized.
+        kept: memory names of the linear layers that stay in 16 bit, blocks only.
+        checks: that belong to no single consumer.
+        consumers: each with its own checks.
+    """
+
+    schemes: Mapping[str, Scheme]
+    kept: tuple[str, ...]
+    checks: tuple[ContractCheck, ...]
+    consumers: tuple[Consumer, ...]
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Every check that does not hold, in words."""
+        own = [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
+        theirs = [
+            f"{consumer.name} {consumer.version}: {check.detail}"
+            for consumer in self.consumers
+            for check in consumer.checks
+            if not check.passed
+        ]
+        return tuple(own + theirs)
+
+    def enforce(self) -> None:
+        """Raise ContractError, listing every refusal, unless all checks hold."""
+        refusals = self.refusals
+        if refusals:
+            more = f"\n  and {len(refusals) - 8} more" if len(refusals) > 8 else ""
+            raise ContractError(
+                "the contract does not hold:\n  " + "\n  ".join(refusals[:8]) + more,
+                "change the recipe's scheme, overrides or consumers; "
+                "`--dry-run` shows the whole contract without starting work",
+            )
+
+
+def draw_contract(reader: CheckpointReader, structure: ModelStructure, recipe: Recipe) -> Contract:
+    """Hold source, recipe and target consumers against each other; reads no weights.
+
+    Raises:
+        ContractError: a format or consumer that llmopt does not know, an override that matches
+            nothing. What is known but does not fit is in ``Contract.refusals``.
+    """
+    stage = recipe.quantize
+    form = _format(recipe.output.format)
+    linears = [
+        f"{structure.block_prefix(block)}.{linear}"
+        for block in range(structure.num_blocks)
+        for linear in structure.linear_names(block)
+    ]
+    _check_patterns(stage, linears)
+    assigned = {name: stage.scheme_for(name) for name in linears}
+    schemes = {name: scheme for name, scheme in assigned.items() if scheme is not None}
+    checks = (
+        _check("format", _format_faults(form, schemes), f"{form.name} holds every scheme"),
+        _check("solver", _solver_faults(stage, schemes), f"{stage.solver} can solve them"),
+        _check("groups", _group_faults(structure, schemes), "groups divide every layer"),
+        _check("tensors", [], _tensor_summary(reader, structure, schemes)),
+        _check("something to do", [] if schemes else ["every layer is ignored"], "yes"),
+    )
+    consumers = tuple(
+        _consumer(name, reader, structure, schemes, assigned, recipe)
+        for name in recipe.output.consumers
+    )
+    kept = tuple(name for name in linears if name not in schemes)
+    return Contract(schemes, kept, checks, consumers)
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise ContractError(
+            f"unknown output format {name!r}{_nearest(name, list(FORMATS))}",
+            f"choose one of {', '.join(FORMATS)}",
+        )
+    return FORMATS[name]
+
+
+def _check_patterns(stage: QuantizeStage, linears: list[str]) -> None:
+    # The head is never quantized, so that ignoring it is a habit and no mistake.
+    ignored = [pattern for pattern in stage.ignore if pattern != "lm_head"]
+    for pattern in [*ignored, *(override.match for override in stage.overrides)]:
+        if not any(matches(pattern, name) for name in linears):
+            raise ContractError(
+                f"the pattern {pattern!r} matches no linear layer{_nearest(pattern, linears)}",
+                f"patterns are matched against names such as {linears[0]!r}",
+            )
+
+
+def _check(name: str, faults: list[str], otherwise: str) -> ContractCheck:
+    return ContractCheck(
+        name=name, passed=not faults, detail="; ".join(faults[:5]) if faults else otherwise
+    )
+
+
+def _format_faults(form: Format, schemes: Mapping[str, Scheme]) -> list[str]:
+    refusals = {scheme: form.refusal(scheme) for scheme in set(schemes.values())}
+    return [f"{form.name} cannot hold {s.name}: {why}" for s, why in refusals.items() if why]
+
+
+def _solver_faults(stage: QuantizeStage, schemes: Mapping[str, Scheme]) -> list[str]:
+    orders = {scheme.activation_order for scheme in schemes.values()}
+    if stage.solver == "rtn" and "group" in orders:
+        return ["rtn sees no activations, so it cannot form groups by activation order"]
+    if stage.solver == "gptq" and "weight" in orders and not stage.static_groups:
+        return ["activation_order: weight needs static_groups: true"]
+    return []
+
+
+def _group_faults(structure: ModelStructure, schemes: Mapping[str, Scheme]) -> list[str]:
+    faults = []
+    for name, scheme in schemes.items():
+        try:
+            scheme.columns_per_group(_shape(structure, name)[1])
+        except BadInputError as error:
+            faults.append(f"{name}: {error.what}")
+    return faults
+
+
+def _tensor_summary(
+    reader: CheckpointReader, structure: ModelStructure, schemes: Mapping[str, Scheme]
+) -> str:
+    copied = len(reader.names) - len(schemes)
+    head = "tied to the embedding" if structure.tied_head else "copied in 16 bit"
+    others = len(structure.other_names)
+    beside = f", {others} of them outside the text model" if others else ""
+    return f"{len(schemes)} quantized, {copied} kept{beside}; lm_head {head}"
+
+
+def _consumer(
+    name: str,
+    reader: CheckpointReader,
+    structure: ModelStructure,
+    schemes: Mapping[str, Scheme],
+    assigned: Mapping[str, Scheme | None],
+    recipe: Recipe,
+) -> Consumer:
+    known = load_consumers()
+    if name not in known:
+        raise ContractError(
+            f"unknown consumer {name!r}{_nearest(name, list(known))}",
+            f"choose among {', '.join(known)}",
+        )
+    consumer = known[name]
+    kernel_faults: dict[str, None] = {}
+    for members in _shared_inputs(structure):
+        fused = [member for member in members if member in schemes]
+        if not fused:
+            continue
+        faults = consumer.refusals(
+            schemes[fused[0]],
+            in_features=_shape(structure, fused[0])[1],
+            out_features_fused=sum(_shape(structure, member)[0] for member in fused),
+            tensor_parallel_size=recipe.output.tensor_parallel_size,
+            dtype=reader.info(structure.disk_name(f"{fused[0]}.weight")).dtype,
+            # Engines split what shares an input by output rows, and what follows it by columns.
+            shard="out" if len(members) > 1 else "in",
+        )
+        kernel_faults.update(dict.fromkeys(faults))
+    mixture = consumer.mixture_refusal(schemes.values())
+    checks = [
+        _check("kernels", list(kernel_faults), _proof(consumer, schemes)),
+        _check("schemes together", [mixture] if mixture else [], "may stand in one checkpoint"),
+    ]
+    if consumer.fuses_shared_inputs:
+        mixed = list(_mixed_groups(structure, assigned))
+        checks.append(_check("fused layers", mixed, "one scheme for q/k/v and for gate/up"))
+    return Consumer(name=name, version=consumer.version, checks=tuple(checks))
+
+
+def _proof(consumer: ConsumerRow, schemes: Mapping[str, Scheme]) -> str:
+    if all(consumer.proven(scheme) for scheme in schemes.values()):
+        return "a kernel exists for every layer"
+    return "a kernel exists for every layer (read in the engine's source, not run)"
+
+
+def _shared_inputs(structure: ModelStructure) -> Iterator[tuple[str, ...]]:
+    for block in range(structure.num_blocks):
+        prefix = structure.block_prefix(block)
+        for group in structure.input_groups(block):
+            yield tuple(f"{prefix}.{linear}" for linear in group)
+
+
+def _mixed_groups(
+    structure: ModelStructure, assigned: Mapping[str, Scheme | None]
+) -> Iterator[str]:
+    for members in _shared_inputs(structure):
+        found = {assigned[member] for member in members}
+        if len(found) > 1:
+            names = ", ".join(_in_words(scheme) for scheme in found)
+            yield f"{', '.join(members)} are one layer there but have {names}"
+
+
+def _in_words(scheme: Scheme | None) -> str:
+    if scheme is None:
+        return "16 bit"
+    group = "per channel" if scheme.group_size is None else f"g{scheme.group_size}"
+    return f"{scheme.name} {group} {'symmetric' if scheme.symmetric else 'asymmetric'}"
+
+
+def _shape(structure: ModelStructure, name: str) -> tuple[int, int]:
+    rows, columns = structure.skeleton.get_parameter(f"{name}.weight").shape
+    return rows, columns
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,157 @@
+"""Everything that is known, and checked, before the first block is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmopt.calibration.hidden_states import file_size
+from llmopt.calibration.tokenizer import LoadedTokenizer, load_tokenizer
+from llmopt.calibration.walker import BlockWalker, TokenBatch
+from llmopt.checkpoint.artifact import Artifact, check_output, open_artifact
+from llmopt.checkpoint.companions import plan_companions
+from llmopt.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmopt.checkpoint.scan import combined_digest, scan_tensors
+from llmopt.checkpoint.structure import ModelStructure, read_structure
+from llmopt.contract import Contract, draw_contract
+from llmopt.environment import check_device, describe_environment, fingerprint
+from llmopt.errors import BadInputError
+from llmopt.evaluation import check_gate, margin_bits, scratch_bytes
+from llmopt.progress import Progress
+from llmopt.quantization.storage import stored_bits_per_weight
+from llmopt.recipe import Recipe, load_recipe
+from llmopt.report.schema import Environment
+from llmopt.texts import Texts, prepare_texts
+from llmopt.writing import Part, plan_parts
+
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything that is known before the first block is read."""
+
+    reader: CheckpointReader
+    structure: ModelStructure
+    recipe: Recipe
+    contract: Contract
+    tokenizer: LoadedTokenizer
+    texts: Texts
+    environment: Environment
+    device: str
+    bits: int
+    digests: dict[str, str]
+    parts: tuple[Part, ...]
+
+
+def check(source: Path | str, recipe: Recipe | Path | str, output: Path | str) -> Contract:
+    """The contract alone, in seconds; ``Contract.refusals`` says what does not hold.
+
+    Raises:
+        LlmoptError: the source cannot be opened, the output path is taken, or the recipe names
+            something that llmopt does not know.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    _check_paths(Path(source), Path(output), resume=False)
+    reader = open_checkpoint(Path(source))
+    load_tokenizer(Path(source))
+    return draw_contract(reader, read_structure(reader), recipe)
+
+
+def prepare(
+    source: Path,
+    recipe: Recipe | Path | str,
+    output: Path,
+    resume: bool,
+    device: str,
+    progress: Progress,
+) -> Job:
+    """Open, read, check and plan; every bad input that can be told by now is.
+
+    Raises:
+        LlmoptError: with what is wrong and what to do.
+        EvaluationError: the held-out text cannot be measured on.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    _check_paths(source, output, resume)
+    check_device(device)
+    reader = open_checkpoint(source)
+    structure = read_structure(reader)
+    contract = draw_contract(reader, structure, recipe)
+    contract.enforce()
+    tokenizer = load_tokenizer(source)
+    texts = prepare_texts(recipe, tokenizer.tokenizer, context_length=structure.context_length)
+    bits = _width_of_margins(structure, contract)
+    check_gate(recipe.gate, bits, texts.evaluation.text)
+    walker = BlockWalker(structure, reader, device)
+    return Job(
+        reader=reader,
+        structure=structure,
+        recipe=recipe,
+        contract=contract,
+        tokenizer=tokenizer,
+        texts=texts,
+        environment=describe_environment(device, walker.dtype),
+        device=device,
+        bits=bits,
+        digests=scan_tensors(reader, progress),
+        parts=plan_parts(reader, structure),
+    )
+
+
+def _width_of_margins(structure: ModelStructure, contract: Contract) -> int:
+    weights = structure.skeleton.get_parameter
+    return margin_bits(
+        (scheme, weights(f"{name}.weight").numel()) for name, scheme in contract.schemes.items()
+    )
+
+
+def _check_paths(source: Path, output: Path, resume: bool) -> None:
+    check_output(output, resume=resume)
+    if output.resolve().is_relative_to(source.resolve()):
+        raise BadInputError(
+            f"the output {output} lies inside the source {source}, which llmopt only reads",
+            "choose an output directory outside it",
+        )
+
+
+def stage_artifact(job: Job, output: Path, resume: bool) -> Artifact:
+    """Begin the job's output, or go on with an interrupted one; see ``open_artifact``."""
+    contents = fingerprint(
+        job.environment,
+        source=combined_digest(job.digests),
+        recipe=job.recipe.sha256(),
+        calibration=job.texts.calibration_sha256,
+    )
+    return open_artifact(output, contents, resume=resume, needed_bytes=_needed_bytes(job))
+
+
+def _needed_bytes(job: Job) -> int:
+    """Disk space of the artifact, its companions and the largest scratch files."""
+    weights = sum(job.reader.info(name).num_bytes for name in job.reader.names)
+    for name, scheme in job.contract.schemes.items():
+        info = job.reader.info(job.structure.disk_name(f"{name}.weight"))
+        rows, columns = info.shape
+        bits = stored_bits_per_weight(scheme, (rows, columns), info.dtype)
+        weights += int(info.num_parameters * bits / 8) - info.num_bytes
+    calibration = job.texts.calibration
+    hidden = 0
+    if calibration is not None:
+        dtype = BlockWalker(job.structure, job.reader, job.device).dtype
+        shapes = [batch.shape for batch in calibration_batches(calibration.blocks)]
+        hidden = 2 * file_size(shapes, job.structure.hidden_size, dtype)
+    judging = scratch_bytes(job.texts.evaluation.text, job.recipe.gate, job.structure.hidden_size)
+    return weights + plan_companions(job.reader.path).num_bytes + max(hidden, judging)
+
+
+def calibration_batches(blocks: torch.Tensor) -> list[TokenBatch]:
+    """Calibration blocks ``(samples, tokens) int64`` as batches of about 2,048 tokens."""
+    rows = max(1, _BATCH_TOKENS // blocks.shape[1])
+    names = [f"calibration sample {sample}" for sample in range(len(blocks))]
+    return [
+        TokenBatch(blocks[first:last].contiguous(), names=tuple(names[first:last]))
+        for first in range(0, len(blocks), rows)
+        for last in [first + rows]
+    ]

@@ -1,0 +1,182 @@
+"""Everything a run found out, gathered into one report."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import llmopt
+from llmopt.calibration.overlap import MAX_OVERLAPPING_DOCUMENTS
+from llmopt.checkpoint.companions import Companions
+from llmopt.checkpoint.ledger import Fate, Ledger
+from llmopt.checkpoint.scan import combined_digest
+from llmopt.report.card import write_card
+from llmopt.report.html import write_html
+from llmopt.report.integrity import hash_files
+from llmopt.report.json_file import write_json
+from llmopt.report.schema import (
+    Calibration,
+    CompanionFiles,
+    Coverage,
+    Evaluation,
+    LayerRecord,
+    LedgerRecord,
+    RecipeRecord,
+    Report,
+    RoundTrip,
+    Sizes,
+    Source,
+)
+
+if TYPE_CHECKING:
+    from llmopt.job import Job
+    from llmopt_evals.verdict import Verdict
+
+
+def assemble_report(
+    job: Job,
+    directory: Path,
+    name: str,
+    layers: Sequence[LayerRecord],
+    ledger: Ledger,
+    companions: Companions,
+    round_trip: RoundTrip,
+    verdict: Verdict,
+    timings: Mapping[str, float],
+) -> Report:
+    """The report of a finished run.
+
+    Args:
+        job: what was known before the first block.
+        directory: the staged artifact, complete but for the report.
+        name: the artifact's.
+        layers: one record a quantized layer.
+        ledger: of all source tensors.
+        companions: files carried and left out.
+        round_trip: what reading back found.
+        verdict: the gate's.
+        timings: seconds by stage.
+    """
+    return Report(
+        llmopt_version=llmopt.__version__,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        name=name,
+        format=job.recipe.output.format,
+        source=_source(job, companions),
+        recipe=RecipeRecord(
+            name=job.recipe.name,
+            sha256=job.recipe.sha256(),
+            data=job.recipe.model_dump(mode="json"),
+        ),
+        consumers=job.contract.consumers,
+        contract=job.contract.checks,
+        calibration=_calibration(job),
+        evaluation=_evaluation(job),
+        environment=job.environment,
+        layers=tuple(layers),
+        ledger=LedgerRecord(totals=ledger.summary(), entries=ledger.entries),
+        companions=CompanionFiles(carried=companions.copied, left_out=companions.left_out),
+        round_trip=round_trip,
+        sizes=_sizes(job, directory, ledger),
+        coverage=_coverage(layers),
+        verdict=verdict,
+        margins_for_bits=job.bits,
+        timings=dict(timings),
+        files=hash_files(directory),
+    )
+
+
+def write_report(directory: Path, report: Report) -> None:
+    """Write the report as JSON, as a model card and as a page.
+
+    Raises:
+        StorageError: if the disk refuses.
+    """
+    write_json(report, directory)
+    write_card(report, directory)
+    write_html(report, directory)
+
+
+def _source(job: Job, companions: Companions) -> Source:
+    reader = job.reader
+    infos = [reader.info(name) for name in reader.names]
+    dtypes = Counter[str]()
+    for info in infos:
+        dtypes[str(info.dtype).removeprefix("torch.")] += info.num_bytes
+    card = next((c.file for c in companions.copied if c.source_file == "README.md"), None)
+    return Source(
+        name=reader.path.resolve().name,
+        sha256=combined_digest(job.digests),
+        num_bytes=sum(info.num_bytes for info in infos),
+        num_parameters=sum(info.num_parameters for info in infos),
+        architecture=type(job.structure.skeleton).__name__,
+        dtype=dtypes.most_common(1)[0][0],
+        card=card,
+    )
+
+
+def _calibration(job: Job) -> Calibration | None:
+    calibration = job.texts.calibration
+    if calibration is None:
+        return None
+    coverage = calibration.coverage
+    notes = [] if coverage.has_pad_token else ["the tokenizer has no pad token; none is needed"]
+    if job.tokenizer.disagreement:
+        notes.append(job.tokenizer.disagreement)
+    samples, length = calibration.blocks.shape
+    return Calibration(
+        source=job.recipe.calibration.source,
+        sha256=job.texts.calibration_sha256,
+        num_documents=coverage.documents_used,
+        num_tokens=int(calibration.blocks.numel()),
+        num_samples=int(samples),
+        sequence_length=int(length),
+        num_truncated_documents=coverage.documents_truncated,
+        num_dropped_tokens=coverage.tokens_dropped,
+        num_duplicated_bos_removed=coverage.duplicated_bos_removed,
+        notes=tuple(notes),
+    )
+
+
+def _evaluation(job: Job) -> Evaluation:
+    evaluation = job.texts.evaluation
+    dropped = evaluation.overlapping
+    notes = evaluation.notes
+    if dropped:
+        limit = f"{MAX_OVERLAPPING_DOCUMENTS:.0%}"
+        notes += (f"dropped because calibration saw them ({limit} allowed): {', '.join(dropped)}",)
+    return Evaluation(
+        sources=evaluation.sources,
+        sha256=evaluation.sha256,
+        num_units=len(evaluation.text.units),
+        num_tokens=sum(unit.num_predictions for unit in evaluation.text.units),
+        num_overlapping_dropped=len(dropped),
+        num_left_out=evaluation.num_left_out,
+        notes=notes,
+    )
+
+
+def _sizes(job: Job, directory: Path, ledger: Ledger) -> Sizes:
+    source_bytes = sum(job.reader.info(name).num_bytes for name in job.reader.names)
+    artifact_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    quantized = ledger.summary()[Fate.QUANTIZED]
+    kept_bytes = source_bytes - quantized.num_bytes - ledger.summary()[Fate.TIED].num_bytes
+    packed_bytes = artifact_bytes - kept_bytes
+    return Sizes(
+        source_bytes=source_bytes,
+        artifact_bytes=artifact_bytes,
+        ratio=artifact_bytes / source_bytes,
+        bits_per_weight=8 * packed_bytes / quantized.num_parameters,
+    )
+
+
+def _coverage(layers: Sequence[LayerRecord]) -> Coverage:
+    tokens = [layer.num_tokens for layer in layers]
+    return Coverage(
+        num_singular_hessians=sum(layer.num_damping_escalations > 0 for layer in layers),
+        num_dead_columns=sum(layer.num_dead_columns for layer in layers),
+        min_tokens_per_layer=min(tokens) if any(tokens) else None,
+    )

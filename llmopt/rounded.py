@@ -1,0 +1,43 @@
+"""A checkpoint as plain rounding would leave it: the yardstick of the gate's relative criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from llmopt.checkpoint.tensor_source import TensorInfo, TensorSource
+from llmopt.quantization.rtn import rtn
+from llmopt.quantization.scheme import Scheme
+
+
+class RoundedSource:
+    """``source`` with some weights rounded to nearest on reading, nothing written.
+
+    Args:
+        source: the unquantized checkpoint.
+        schemes: by tensor name in ``source`` (``....q_proj.weight``).
+    """
+
+    def __init__(self, source: TensorSource, schemes: Mapping[str, Scheme]) -> None:
+        self._source = source
+        self._schemes = {
+            name: replace(scheme, activation_order="none") for name, scheme in schemes.items()
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As the source's."""
+        return self._source.names
+
+    def info(self, name: str) -> TensorInfo:
+        """As the source's."""
+        return self._source.info(name)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor; a rounded weight as float32."""
+        weight = self._source.read(name)
+        if name not in self._schemes:
+            return weight
+        return rtn(weight, self._schemes[name], scale_dtype=weight.dtype).dequantize()

@@ -1,0 +1,62 @@
+"""After writing: the artifact is read back and compared with what was calibrated, code for code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from llmopt.checkpoint.reader import open_checkpoint
+from llmopt.checkpoint.scan import tensor_digest
+from llmopt.errors import RoundTripError
+from llmopt.formats.independent import RawShards
+from llmopt.progress import Progress
+from llmopt.quantization.scheme import Scheme
+from llmopt.report.schema import RoundTrip
+
+
+def check_round_trip(
+    directory: Path,
+    solved: Mapping[str, str],
+    schemes: Mapping[str, Scheme],
+    copied: Mapping[str, str],
+    progress: Progress,
+) -> RoundTrip:
+    """Decode every packed weight independently of the packer, and hash every copied tensor.
+
+    Args:
+        directory: the staged artifact.
+        solved: digest of each quantized tensor as the solver gave it, by module name.
+        schemes: by the same names.
+        copied: SHA-256 of each copied tensor as the source has it, by tensor name.
+        progress: told of each tensor.
+
+    Raises:
+        RoundTripError: naming what differs; nothing is published then.
+    """
+    reader = open_checkpoint(directory)
+    shards = RawShards(sorted({reader.info(name).file for name in reader.names}))
+    total = len(solved) + len(copied)
+    different: list[str] = []
+    if set(shards.packed_modules) != set(solved):
+        missing = set(solved).symmetric_difference(shards.packed_modules)
+        raise _mismatch(sorted(missing))
+    for done, (module, digest) in enumerate(solved.items()):
+        progress("read back", done, total)
+        scheme = schemes[module]
+        if shards.decode(module, scheme.bits, scheme.symmetric).digest() != digest:
+            different.append(module)
+    for done, (name, digest) in enumerate(copied.items(), start=len(solved)):
+        progress("read back", done, total)
+        if tensor_digest(reader.read(name)) != digest:
+            different.append(name)
+    progress("read back", total, total)
+    if different:
+        raise _mismatch(different)
+    return RoundTrip(num_tensors=total, num_mismatches=0)
+
+
+def _mismatch(names: list[str]) -> RoundTripError:
+    return RoundTripError(
+        f"{len(names)} tensors on disk are not what was calibrated: {', '.join(names[:5])}",
+        "check the disk; if it is sound, report this as a defect of llmopt",
+    )

@@ -1,0 +1,197 @@
+"""One decoder block through the solver: statistics, codes, and what the report says of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.calibration.block_pass import Group, collect
+from llmopt.calibration.hidden_states import HiddenStates
+from llmopt.calibration.statistics import InputStatistics
+from llmopt.calibration.walker import BlockWalker
+from llmopt.checkpoint.structure import ModelStructure
+from llmopt.checkpoint.tensor_source import TensorSource
+from llmopt.errors import NumericalError
+from llmopt.quantization.gptq import GPTQOptions, gptq
+from llmopt.quantization.quantized_tensor import QuantizedTensor
+from llmopt.quantization.rtn import rtn
+from llmopt.quantization.scheme import Scheme
+from llmopt.recipe import QuantizeStage
+from llmopt.report.schema import LayerRecord, SchemeRecord
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedLinear:
+    """A linear layer that was quantized.
+
+    Attributes:
+        module: its name in the checkpoint (``model.layers.3.mlp.up_proj``).
+        tensor: the quantized weight.
+        record: its line in the report.
+    """
+
+    module: str
+    tensor: QuantizedTensor
+    record: LayerRecord
+
+
+def round_block(
+    structure: ModelStructure,
+    source: TensorSource,
+    block: int,
+    stage: QuantizeStage,
+    schemes: Mapping[str, Scheme],
+    device: str,
+) -> list[SolvedLinear]:
+    """Quantize a block by plain rounding, from the weights alone.
+
+    Args:
+        structure: of the checkpoint.
+        source: its weights.
+        block: which block.
+        stage: the recipe's stage (clipping).
+        schemes: by memory name of the linear layers to quantize.
+        device: where to round.
+    """
+    solved = []
+    for linear in structure.linear_names(block):
+        name = f"{structure.block_prefix(block)}.{linear}"
+        if name not in schemes:
+            continue
+        weight = source.read(structure.disk_name(f"{name}.weight")).to(device)
+        scheme = schemes[name]
+        tensor = rtn(weight, scheme, clip=stage.clip, scale_dtype=weight.dtype)
+        module = structure.disk_module(name)
+        record = LayerRecord(
+            name=module,
+            block=block,
+            shape=tensor.shape,
+            scheme=_scheme_record(scheme),
+            solver="rtn",
+            weight_error=_relative_error(weight.float(), tensor),
+        )
+        solved.append(SolvedLinear(module, tensor, record))
+    return solved
+
+
+def solve_block(
+    walker: BlockWalker,
+    block: int,
+    module: nn.Module,
+    inputs: HiddenStates,
+    stage: QuantizeStage,
+    schemes: Mapping[str, Scheme],
+) -> list[SolvedLinear]:
+    """Quantize a block by GPTQ and leave the dequantized weights in ``module``.
+
+    Args:
+        walker: started with the calibration batches.
+        block: which block.
+        module: the block, from ``walker.materialise``; its linear layers are changed.
+        inputs: the block's inputs.
+        stage: the recipe's stage.
+        schemes: by memory name of the linear layers to quantize.
+
+    Raises:
+        NumericalError: NaN or infinity in an input or a Hessian; the layer and sample are named.
+    """
+    structure = walker.structure
+    prefix = structure.block_prefix(block)
+    groups = [
+        group
+        for group in structure.input_groups(block)
+        if any(f"{prefix}.{linear}" in schemes for linear in group)
+    ]
+    solved = []
+    for wanted in [[group] for group in groups] if stage.true_sequential else [groups]:
+        if not wanted:
+            continue
+        statistics = collect(walker, block, module, inputs, wanted)
+        for linear, shared in _linears(wanted, statistics):
+            name = f"{prefix}.{linear}"
+            if name not in schemes:
+                continue
+            layer = module.get_submodule(linear)
+            assert isinstance(layer, nn.Linear)
+            scale_dtype = walker.source.info(structure.disk_name(f"{name}.weight")).dtype
+            solved.append(
+                _solve(
+                    layer.weight.data,
+                    shared,
+                    stage,
+                    schemes[name],
+                    scale_dtype,
+                    structure.disk_module(name),
+                    block,
+                )
+            )
+            layer.weight.data.copy_(solved[-1].tensor.dequantize(layer.weight.dtype))
+    return solved
+
+
+def _linears(
+    groups: Sequence[Group], statistics: Mapping[Group, InputStatistics]
+) -> Iterator[tuple[str, InputStatistics]]:
+    for group in groups:
+        for linear in group:
+            yield linear, statistics[group]
+
+
+def _solve(
+    weight: Tensor,
+    statistics: InputStatistics,
+    stage: QuantizeStage,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    module: str,
+    block: int,
+) -> SolvedLinear:
+    options = GPTQOptions(damping=stage.damping, static_groups=stage.static_groups, clip=stage.clip)
+    try:
+        result = gptq(weight, statistics.hessian, scheme, options, scale_dtype)
+    except NumericalError as error:
+        raise NumericalError(f"{module}: {error.what}", error.remedy) from error
+    if not math.isfinite(result.error):
+        raise NumericalError(
+            f"{module}: its output error overflows float32; its largest weight is "
+            f"{float(weight.abs().max()):.3g}, its largest input {statistics.max_abs:.3g}",
+            "check the source model; leave this layer out with `ignore`",
+        )
+    record = LayerRecord(
+        name=module,
+        block=block,
+        shape=result.tensor.shape,
+        scheme=_scheme_record(scheme),
+        solver="gptq",
+        weight_error=_relative_error(weight.float(), result.tensor),
+        output_error=result.error,
+        plain_output_error=result.rtn_error,
+        damping=result.damping,
+        num_damping_escalations=result.num_factorizations - 1,
+        num_dead_columns=result.num_dead_columns,
+        num_tokens=statistics.num_tokens,
+        input_max_abs=statistics.max_abs,
+    )
+    return SolvedLinear(module, result.tensor, record)
+
+
+def _relative_error(weight: Tensor, tensor: QuantizedTensor) -> float:
+    """``|W - Q|^2 / |W|^2``, 0 for an all-zero weight."""
+    total = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+    error = torch.linalg.vector_norm(weight - tensor.dequantize(), dtype=torch.float64)
+    difference = float(error) ** 2
+    return difference / total if total else 0.0
+
+
+def _scheme_record(scheme: Scheme) -> SchemeRecord:
+    return SchemeRecord(
+        name=scheme.name,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
+        activation_order=scheme.activation_order,
+    )

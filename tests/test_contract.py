@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.small_jobs import small_recipe
+from support.tiny_models import llama_config, qwen2_config, write_checkpoint
+
+from llmopt.checkpoint.reader import open_checkpoint
+from llmopt.checkpoint.structure import read_structure
+from llmopt.contract import Contract, draw_contract
+from llmopt.errors import BadInputError, ContractError
+
+WIDTHS = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+WIDTHS |= {"num_key_value_heads": 2, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    folder = tmp_path_factory.mktemp("contract")
+    write_checkpoint(folder, llama_config(**WIDTHS), dtype=torch.bfloat16)
+    return folder
+
+
+def contract(source: Path, **changes: Any) -> Contract:
+    reader = open_checkpoint(source)
+    return draw_contract(reader, read_structure(reader), small_recipe("text.txt", **changes))
+
+
+def test_what_fits_is_agreed_and_counted(source: Path) -> None:
+    agreed = contract(source, output={"consumers": ["transformers", "vllm", "vllm-cpu"]})
+    agreed.enforce()
+    structure = read_structure(open_checkpoint(source))
+    assert len(agreed.schemes) == 7 * structure.num_blocks and not agreed.kept
+    assert [consumer.name for consumer in agreed.consumers] == ["transformers", "vllm", "vllm-cpu"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": {"scheme": {"group_size": 48}}}, "group size 48 does not divide"),
+        ({"stage": {"scheme": {"group_size": None, "activation_order": "group"}}}, "cannot hold"),
+        (
+            {"stage": {"solver": "rtn", "scheme": {"group_size": 32, "activation_order": "group"}}},
+            "rtn sees no activations",
+        ),
+        (
+            {
+                "stage": {
+                    "static_groups": False,
+                    "scheme": {"group_size": 32, "activation_order": "weight"},
+                }
+            },
+            "static_groups",
+        ),
+        ({"stage": {"ignore": ["*"]}}, "every layer is ignored"),
+        (
+            {
+                "stage": {"scheme": {"bits": 8, "group_size": 32}},
+                "output": {"consumers": ["vllm-cpu"]},
+            },
+            "WNA16",
+        ),
+        (
+            {
+                "stage": {"scheme": {"group_size": 128}},
+                "output": {"consumers": ["vllm"], "tensor_parallel_size": 2},
+            },
+            "groups of 128 do not divide 64 input features",
+        ),
+        (
+            {
+                "stage": {"ignore": ["*.q_proj"]},
+                "output": {"consumers": ["vllm"]},
+            },
+            "are one layer there but have",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(
+    source: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ContractError, match=message):
+        contract(source, **changes).enforce()
+
+
+def test_transformers_does_not_fuse_so_it_takes_what_vllm_refuses(source: Path) -> None:
+    changes = {"stage": {"ignore": ["*.q_proj"]}, "output": {"consumers": ["transformers"]}}
+    agreed = contract(source, **changes)
+    agreed.enforce()
+    assert all(name.endswith("q_proj") for name in agreed.kept) and agreed.kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": {"consumers": ["vlm"]}}, "unknown consumer 'vlm' \\(did you mean 'vllm'"),
+        ({"output": {"format": "compressed-tensor"}}, "did you mean 'compressed-tensors'"),
+        ({"stage": {"ignore": ["*.gproj"]}}, "matches no linear layer"),
+        (
+            {"stage": {"overrides": [{"match": "*.dwn_proj", "scheme": {}}]}},
+            "matches no linear layer",
+        ),
+    ],
+)
+def test_names_that_nobody_knows(source: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInputError, match=message):
+        contract(source, **changes)
+
+
+def test_a_tied_head_and_biases_are_accounted_for(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, qwen2_config(tie_word_embeddings=True, **WIDTHS))
+    agreed = contract(tmp_path)
+    agreed.enforce()
+    assert any("tied to the embedding" in check.detail for check in agreed.checks)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmopt.errors import BadInputError
+from llmopt.recipe import load_recipe, matches, parse_recipe, recipe_files
+
+QUANTIZE = {"kind": "quantize", "solver": "rtn"}
+
+
+def test_the_projects_recipes_are_the_promised_ones_and_all_load() -> None:
+    assert {"int4-gptq", "int4-rtn", "int8-rtn", "int3-gptq"} <= set(recipe_files())
+    for name in recipe_files():
+        recipe = load_recipe(name)
+        assert recipe.name == name and recipe.description
+
+
+def test_an_unknown_recipe_suggests_the_nearest() -> None:
+    with pytest.raises(BadInputError, match="did you mean 'int4-gptq'"):
+        load_recipe("int4-gtpq")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"calibratoin": {}}, "unknown key 'calibratoin' \\(did you mean 'calibration'"),
+        ({"stages": [{**QUANTIZE, "dampign": 1}]}, "did you mean 'damping'"),
+        ({"stages": [{**QUANTIZE, "scheme": {"bit": 4}}]}, "did you mean 'bits'"),
+        ({"gate": {"margin": {}}}, "did you mean 'margins'"),
+        ({"stages": [{**QUANTIZE, "scheme": {"bits": 5}}]}, "stages.0.scheme.bits"),
+        ({"stages": [{**QUANTIZE, "damping": 0}]}, "damping"),
+        ({"stages": []}, "stages"),
+        ({"gate": {"margins": {"perplexity": 1}}}, "margins"),
+        ({"gate": {"margins": {"mean_kl": float("nan")}}}, "margin"),
+        ({"gate": {"margins": {"mean_kl": float("inf")}}}, "margin"),
+        ({"gate": {"margins": {"task_accuracy_drop": 0.1}}}, "under `tasks`"),
+        ({"gate": {"tasks": {"recall": float("nan")}}}, "margin"),
+        ({"stages": [{**QUANTIZE, "ignore": ["re:["]}]}, "no regular expression"),
+    ],
+)
+def test_a_fault_names_its_key(data: dict[str, object], message: str) -> None:
+    with pytest.raises(BadInputError, match=message):
+        parse_recipe({"name": "x", "stages": [QUANTIZE], **data})
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(BadInputError, match="not YAML"):
+        load_recipe(broken)
+    broken.write_text("- 1")
+    with pytest.raises(BadInputError, match="not a mapping"):
+        load_recipe(broken)
+    with pytest.raises(BadInputError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_file_is_named_after_itself_and_its_hash_follows_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("stages: [{solver: rtn}]")
+    plain = load_recipe(path)
+    assert plain.name == "mine"
+    path.write_text("stages: [{solver: rtn, clip: none}]  # the default, written out")
+    assert load_recipe(path).sha256() == plain.sha256()
+    path.write_text("stages: [{solver: rtn, clip: mse}]")
+    assert load_recipe(path).sha256() != plain.sha256()
+
+
+def test_ignore_wins_over_overrides_and_the_first_override_wins() -> None:
+    recipe = parse_recipe(
+        {
+            "name": "x",
+            "stages": [
+                {
+                    "ignore": ["*.0.*", "re:k_proj$"],
+                    "overrides": [
+                        {"match": "*.down_proj", "scheme": {"bits": 8}},
+                        {"match": "re:layers\\.1\\.", "scheme": {"bits": 3}},
+                    ],
+                }
+            ],
+        }
+    )
+    bits = {
+        name: scheme.bits if (scheme := recipe.quantize.scheme_for(name)) else None
+        for name in (
+            "layers.0.down_proj",
+            "layers.1.down_proj",
+            "layers.1.up_proj",
+            "layers.2.k_proj",
+            "layers.2.q_proj",
+        )
+    }
+    assert list(bits.values()) == [None, 8, 3, None, 4]
+
+
+def test_a_pattern_matches_the_whole_name_and_a_regular_expression_any_part() -> None:
+    assert matches("*.q_proj", "a.q_proj") and not matches("q_proj", "a.q_proj")
+    assert matches("re:q_proj", "a.q_proj.b")
+
+
+def test_margins_change_single_criteria_and_keep_the_rest() -> None:
+    gate = parse_recipe(
+        {
+            "name": "x",
+            "stages": [QUANTIZE],
+            "gate": {"margins": {"mean_kl": 0.01}, "tasks": {"recall": 0.02}},
+        }
+    ).gate
+    fixed = {c.name: c.margin for c in load_recipe("int4-rtn").gate.criteria(4).criteria}
+    ours = {c.name: c.margin for c in gate.criteria(4).criteria}
+    assert ours.pop("task_accuracy_drop:recall") == 0.02
+    assert ours == {**fixed, "mean_kl": 0.01}

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.small_jobs import small_recipe, write_job, write_text
+
+from llmopt.errors import AlreadyConcludedError, BadInputError
+from llmopt.pipeline import quantize
+
+KILLS = 8
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    source, text = write_job(tmp_path), write_text(tmp_path)
+    paths = [ROOT, ROOT / "evals", ROOT / "kernels", ROOT / "tests"]
+    finished = subprocess.run(
+        [sys.executable, "-m", "support.killed_runs", source, text, tmp_path, str(KILLS)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    runs = json.loads(finished.stdout.splitlines()[-1])
+    assert len(runs["resumed"]) == KILLS and len(runs["whole"]) >= 4
+    for run in runs["resumed"]:
+        assert run["visible"] in ("nothing", "whole")
+        assert run["shards"] == runs["whole"]
+
+
+class _StopError(Exception):
+    pass
+
+
+def stop_at_block(number: int):  # type: ignore[no-untyped-def]
+    def progress(task: str, completed: int, _: int) -> None:
+        if task == "quantize" and completed == number:
+            raise _StopError
+
+    return progress
+
+
+def test_a_resume_under_other_conditions_is_refused_and_says_which(tmp_path: Path) -> None:
+    source, text, output = write_job(tmp_path), write_text(tmp_path), tmp_path / "out"
+    with pytest.raises(_StopError):
+        quantize(source, small_recipe(text), output, progress=stop_at_block(2))
+    with pytest.raises(BadInputError, match="--resume"):
+        quantize(source, small_recipe(text), output)
+    other = small_recipe(text, stage={"damping": 0.02})
+    with pytest.raises(BadInputError, match="differs from this one in recipe"):
+        quantize(source, other, output, resume=True)
+    assert quantize(source, small_recipe(text), output, resume=True).published
+
+
+def test_a_shard_damaged_meanwhile_starts_the_walk_again(tmp_path: Path) -> None:
+    source, text = write_job(tmp_path), write_text(tmp_path)
+    whole = quantize(source, small_recipe(text), tmp_path / "whole")
+    output = tmp_path / "out"
+    with pytest.raises(_StopError):
+        quantize(source, small_recipe(text), output, progress=stop_at_block(3))
+    shard = sorted((tmp_path / ".out.llmopt-staging" / "artifact").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    result = quantize(source, small_recipe(text), output, resume=True)
+    for file in sorted(whole.path.glob("*.safetensors")):
+        assert (result.path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_run_killed_right_after_its_output_appeared_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmopt.checkpoint import publish
+
+    source, text, output = write_job(tmp_path), write_text(tmp_path), tmp_path / "out"
+    recipe = small_recipe(text, stage={"solver": "rtn"})
+
+    def killed(_: Path) -> None:
+        raise _StopError
+
+    monkeypatch.setattr(publish, "remove_staging", killed)
+    with pytest.raises(_StopError):
+        quantize(source, recipe, output)
+    with pytest.raises(AlreadyConcludedError) as over:
+        quantize(source, recipe, output, resume=True)
+    assert over.value.exit_code == 0 and (output / "llmopt.json").is_file()
+    assert not list(tmp_path.glob(".out*"))
