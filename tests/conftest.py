@@ -1,6 +1,11 @@
-"""What holds for every test: no network, two threads, examples that do not change between runs."""
+"""What holds for every test: no network, two threads, examples that do not change between runs.
+
+Without a GPU, triton's kernels run in its interpreter, which must be asked for before triton is
+imported.
+"""
 
 import os
+from pathlib import Path
 
 # Read when the libraries are imported, hence before the imports below.
 os.environ.update(
@@ -13,6 +18,9 @@ os.environ.update(
     MPLBACKEND="Agg",
     OMP_NUM_THREADS="2",
 )
+
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402

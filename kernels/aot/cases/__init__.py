@@ -1,0 +1,1 @@
+"""What is compiled: one module an operation, its ``cases()`` in ``Case``s."""

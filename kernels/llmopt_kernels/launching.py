@@ -1,0 +1,117 @@
+"""What every launcher does: check what it got, and launch (or, ahead of time, compile)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
+
+_compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
+
+
+def runs_kernel(tensor: Tensor) -> bool:
+    """Whether an operation on ``tensor`` goes through its kernel; on a CPU the reference serves."""
+    return tensor.device.type != "cpu"
+
+
+def launch(kernel: Any, grid: Grid, *arguments: object, **options: object) -> None:
+    """Launch ``kernel[grid](*arguments, **options)``; inside ``compiling`` only compile it."""
+    sink = _compiled.get()
+    if sink is None:
+        kernel[grid](*arguments, **options)
+    else:
+        sink.append(kernel.warmup(*arguments, grid=(1,), **options))
+
+
+@contextmanager
+def compiling() -> Iterator[list[Any]]:
+    """Launchers called inside compile their kernels and run nothing; gives the compiled kernels.
+
+    Their tensors may be on the ``meta`` device: only types, strides and shapes are read.
+    """
+    sink: list[Any] = []
+    token = _compiled.set(sink)
+    try:
+        yield sink
+    finally:
+        _compiled.reset(token)
+
+
+def check_launchable(**tensors: Tensor | None) -> None:
+    """Hold that all tensors are on one device that can run a kernel.
+
+    Raises:
+        ValueError: several devices, or a CPU without triton's interpreter.
+    """
+    devices = {name: str(t.device) for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"tensors are on several devices: {_listed(devices)}")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if "cpu" in devices.values() and not interpreted:
+        raise ValueError(
+            "a kernel runs on a GPU and the tensors are on the CPU; call the operation itself, "
+            "which takes the reference there, or set TRITON_INTERPRET=1 before triton is imported"
+        )
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Hold that ``tensor`` has one of the ``allowed`` element types.
+
+    Raises:
+        ValueError: another one; says which.
+    """
+    if tensor.dtype not in allowed:
+        some = ", ".join(_short(dtype) for dtype in allowed)
+        raise ValueError(f"{name} is {_short(tensor.dtype)}; use {some}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
+    """Hold that ``tensor`` has ``shape``, ``None`` standing for any size.
+
+    Raises:
+        ValueError: another shape; says which was expected and which was got.
+    """
+    fits = tensor.dim() == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [{expected}]")
+
+
+def check_last_contiguous(name: str, tensor: Tensor) -> None:
+    """Hold that neighbours in the last dimension are neighbours in memory.
+
+    Raises:
+        ValueError: another stride; says which.
+    """
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has stride {tensor.stride(-1)} in its last dimension; it must be 1 "
+            "(.contiguous() makes a copy that is)"
+        )
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Hold that ``value`` is one of those ``allowed``.
+
+    Raises:
+        ValueError: another one; says which.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(repr, allowed))}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(devices: dict[str, str]) -> str:
+    return ", ".join(f"{name} on {device}" for name, device in devices.items())
