@@ -1,0 +1,169 @@
+"""Load tiles of keys and values of one kv head out of the pages of a ``PagedKV``, in a kernel.
+
+A tile is ``BLOCK_N`` tokens, aligned to ``BLOCK_N``, times some channels. Loading goes::
+
+    page, slot = locate(table_row_ptr, start, tokens, readable, BLOCK_N, PAGE)
+    keys = load_keys(k_ptr, ..., page, slot, ...)          # (channels, tokens), for q @ keys
+    values = load_values(v_ptr, ..., page, slot, ...)      # (tokens, channels), for p @ values
+
+Codes become the query's 16-bit type in registers. int4 comes out dequantized. fp8 and int8 come
+out as bare codes, which both 16-bit types hold exactly; their scales are cheaper outside the
+product, and left to the caller:
+
+- fp8: ``head_scale`` of the keys multiplies the softmax scale, that of the values the output.
+- int8: ``token_scale`` of the keys multiplies the scores, that of the values the probabilities.
+
+A head is loaded in column ranges ``FIRST`` to ``FIRST + WIDTH``, each padded to ``BLOCK``, a power
+of two: 192 channels as 128 and 64 need no padding. int4 wants its two halves, ``WIDTH = head_dim /
+2``, which lie in the two nibbles of the same bytes: the compiler then reads those once.
+"""
+
+from __future__ import annotations
+
+from llmopt_kernels.triton_or_stub import tl, triton
+
+
+@triton.jit
+def locate(table_row_ptr, start, tokens, readable, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):
+    """Where the tokens of a tile lie.
+
+    Args:
+        table_row_ptr: the sequence's row of the block table, int32.
+        start: first token of the tile, a multiple of ``BLOCK_N``.
+        tokens: ``start + arange(0, BLOCK_N)``.
+        readable: ``(BLOCK_N,)`` which tokens exist; at least one.
+
+    Returns:
+        Pages, int64, ``(1,)`` if the tile lies within one page and else ``(BLOCK_N,)``, and slots
+        within the page, ``(BLOCK_N,)``.
+    """
+    if BLOCK_N <= PAGE:
+        page = tl.load(table_row_ptr + start // PAGE + tl.arange(0, 1))
+    else:
+        page = tl.load(table_row_ptr + tokens // PAGE, mask=readable, other=0)
+    return page.to(tl.int64), tokens % PAGE
+
+
+@triton.jit
+def head_scale(scale_ptr, head, KIND: tl.constexpr):
+    """The scale of a whole kv head: that of fp8, 1 of the other kinds."""
+    scale = 1.0
+    if KIND == "fp8":
+        scale = tl.load(scale_ptr + head)
+    return scale
+
+
+@triton.jit
+def token_scale(scale_ptr, page, slot, readable, head, num_heads, PAGE: tl.constexpr):
+    """Scales (or minima) by token of one kv head: ``(BLOCK_N,)`` float32, 0 if not readable."""
+    at = (page * PAGE + slot) * num_heads + head
+    return tl.load(scale_ptr + at, mask=readable, other=0.0)
+
+
+@triton.jit
+def load_keys(
+    k_ptr,
+    scale_ptr,
+    min_ptr,
+    page,
+    slot,
+    readable,
+    head,
+    num_heads,
+    stride_page,
+    stride_token,
+    stride_head,
+    DTYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Channels ``FIRST`` to ``FIRST + WIDTH`` of a tile's keys: ``(BLOCK, BLOCK_N)`` ``DTYPE``.
+
+    Channels of the padding are 0. Tokens that are not readable mean nothing and may be NaN: mask
+    their scores.
+
+    Args:
+        k_ptr: ``PagedKV.k``.
+        scale_ptr: ``PagedKV.k_scale``; read of int4 alone, by page and channel.
+        min_ptr: ``PagedKV.k_min``; likewise.
+        page: from ``locate``.
+        slot: from ``locate``.
+        readable: ``(BLOCK_N,)``.
+        head: kv head.
+        num_heads: kv heads.
+        stride_page: of ``k``, in elements, as the next two.
+        stride_token: of ``k``.
+        stride_head: of ``k``.
+    """
+    rows = page * stride_page + slot * stride_token + head * stride_head
+    channel = tl.arange(0, BLOCK)
+    mask = (channel < WIDTH)[:, None] & readable[None, :]
+    if KIND != "int4":
+        ptrs = k_ptr + rows[None, :] + (FIRST + channel)[:, None]
+        return tl.load(ptrs, mask=mask, other=0.0).to(DTYPE)
+    column, shift = _nibbles(FIRST, WIDTH, BLOCK, HEAD_DIM)
+    packed = tl.load(k_ptr + rows[None, :] + column[:, None], mask=mask, other=0)
+    codes = ((packed >> shift[:, None]) & 15).to(tl.float32)
+    # One row of scales a page: (BLOCK, 1) if the tile lies within a page.
+    at = ((page * num_heads + head) * HEAD_DIM + FIRST)[None, :] + channel[:, None]
+    mask = (channel < WIDTH)[:, None]
+    scale = tl.load(scale_ptr + at, mask=mask, other=0.0)
+    minimum = tl.load(min_ptr + at, mask=mask, other=0.0)
+    return (codes * scale + minimum).to(DTYPE)
+
+
+@triton.jit
+def load_values(
+    v_ptr,
+    scale_ptr,
+    min_ptr,
+    page,
+    slot,
+    readable,
+    head,
+    num_heads,
+    stride_page,
+    stride_token,
+    stride_head,
+    DTYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Channels ``FIRST`` to ``FIRST + WIDTH`` of a tile's values: ``(BLOCK_N, BLOCK)`` ``DTYPE``.
+
+    Tokens that are not readable are 0, so that a probability of 0 times them is 0. Arguments as of
+    ``load_keys``; scale and minimum of int4 are by token.
+    """
+    rows = page * stride_page + slot * stride_token + head * stride_head
+    channel = tl.arange(0, BLOCK)
+    mask = readable[:, None] & (channel < WIDTH)[None, :]
+    if KIND != "int4":
+        ptrs = v_ptr + rows[:, None] + (FIRST + channel)[None, :]
+        return tl.load(ptrs, mask=mask, other=0.0).to(DTYPE)
+    column, shift = _nibbles(FIRST, WIDTH, BLOCK, HEAD_DIM)
+    packed = tl.load(v_ptr + rows[:, None] + column[None, :], mask=mask, other=0)
+    codes = ((packed >> shift[None, :]) & 15).to(tl.float32)
+    scale = token_scale(scale_ptr, page, slot, readable, head, num_heads, PAGE)
+    minimum = token_scale(min_ptr, page, slot, readable, head, num_heads, PAGE)
+    return (codes * scale[:, None] + minimum[:, None]).to(DTYPE)
+
+
+@triton.jit
+def _nibbles(FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Byte of a row and shift within it of channels ``FIRST`` to ``FIRST + BLOCK``, ``(BLOCK,)``."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    channel = tl.arange(0, BLOCK)
+    if FIRST % HALF + WIDTH <= HALF:  # within one nibble
+        column = FIRST % HALF + channel
+        shift = tl.full((BLOCK,), FIRST // HALF * 4, tl.uint8)
+    else:
+        column = (FIRST + channel) % HALF
+        shift = ((FIRST + channel) // HALF * 4).to(tl.uint8)
+    return column, shift
