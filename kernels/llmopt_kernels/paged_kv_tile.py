@@ -32,6 +32,8 @@ def locate(table_row_ptr, start, tokens, readable, BLOCK_N: tl.constexpr, PAGE: 
         start: first token of the tile, a multiple of ``BLOCK_N``.
         tokens: ``start + arange(0, BLOCK_N)``.
         readable: ``(BLOCK_N,)`` which tokens exist; at least one.
+        BLOCK_N: tokens a tile, a power of two.
+        PAGE: tokens a page.
 
     Returns:
         Pages, int64, ``(1,)`` if the tile lies within one page and else ``(BLOCK_N,)``, and slots
@@ -97,6 +99,12 @@ def load_keys(
         stride_page: of ``k``, in elements, as the next two.
         stride_token: of ``k``.
         stride_head: of ``k``.
+        DTYPE: the result's, 16 bit.
+        KIND: that of the cache.
+        HEAD_DIM: channels of a head.
+        FIRST: first channel.
+        WIDTH: channels.
+        BLOCK: ``WIDTH`` padded to a power of two.
     """
     rows = page * stride_page + slot * stride_token + head * stride_head
     channel = tl.arange(0, BLOCK)
@@ -157,7 +165,7 @@ def load_values(
 
 @triton.jit
 def _nibbles(FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Byte of a row and shift within it of channels ``FIRST`` to ``FIRST + BLOCK``, ``(BLOCK,)``."""
+    """Byte in a row and shift in that byte of ``BLOCK`` channels from ``FIRST`` on."""
     HALF: tl.constexpr = HEAD_DIM // 2
     channel = tl.arange(0, BLOCK)
     if FIRST % HALF + WIDTH <= HALF:  # within one nibble
