@@ -31,6 +31,7 @@ from llmopt.report.schema import JSON_NAME
 from llmopt.rounded import RoundedSource
 from llmopt.scoring import WalkerScorer
 from llmopt.texts import EvaluationText, prepare_evaluation
+from llmopt_evals.errors import NotFiniteError
 from llmopt_evals.gate import check_text, run_gate
 from llmopt_evals.scorer import Passage, Scorer, Scores
 from llmopt_evals.units import HeldOutText
@@ -98,7 +99,7 @@ def judge(
     """Run the gate.
 
     Raises:
-        EvaluationError: too little text for the criteria, NaN logits.
+        EvaluationError: too little text for the criteria, NaN logits of the source.
         BrokenArtifactError: the candidate computes NaN or infinity.
     """
 
@@ -120,18 +121,24 @@ def judge(
     if comparison.schemes and not comparison.is_plain_rounding:
         rounded = RoundedSource(comparison.reader, comparison.schemes)
         baseline = scorer(rounded, "plain rounding")
-    return run_gate(
-        reference,
-        candidate,
-        text=text,
-        criteria=gate.criteria(comparison.bits),
-        baseline=baseline,
-        noise=scorer(comparison.reader, "noise floor", _NOISE_TOKENS_PER_BATCH),
-        cloze=gate.cloze,
-        tasks=_run_tasks(comparison, gate, reference, candidate),
-        seed=gate.seed,
-        progress=progress,
-    )
+    try:
+        run = run_gate(
+            reference,
+            candidate,
+            text=text,
+            criteria=gate.criteria(comparison.bits),
+            baseline=baseline,
+            noise=scorer(comparison.reader, "noise floor", _NOISE_TOKENS_PER_BATCH),
+            cloze=gate.cloze,
+            tasks=_run_tasks(comparison, gate, reference, candidate),
+            seed=gate.seed,
+            progress=progress,
+        )
+    except NotFiniteError as error:
+        if error.model != "candidate":
+            raise
+        raise _broken(error.what) from error
+    return run.verdict
 
 
 def check_gate(gate: GateSection, bits: int, text: HeldOutText) -> None:
@@ -159,10 +166,14 @@ class _Judged:
         try:
             return self._scorer.score(sequences)
         except NumericalError as error:
-            raise BrokenArtifactError(
-                f"the artifact does not compute: {error.what}",
-                "do not use it; look at this layer's scales, and at the source on this text",
-            ) from error
+            raise _broken(error.what) from error
+
+
+def _broken(what: str) -> BrokenArtifactError:
+    return BrokenArtifactError(
+        f"the artifact does not compute: {what}",
+        "do not use it; look at its scales and its unquantized tensors",
+    )
 
 
 def margin_bits(sizes: Iterable[tuple[Scheme, int]]) -> int:

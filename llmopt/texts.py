@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from llmopt.calibration.overlap import TokenDocument, find_overlap
 from llmopt.calibration.split import sample_documents, split_documents
 from llmopt.calibration.text import BUILTIN, is_data_set, read_documents, same_source
 from llmopt.calibration.tokenizer import sequence_prefix
-from llmopt.calibration.tokens import TokenBlocks, cut_blocks, tokenize_documents
+from llmopt.calibration.tokens import TokenBlocks, cut_blocks
 from llmopt.errors import BadInputError
 from llmopt.recipe import CalibrationSection, Recipe
 from llmopt_evals.units import MIN_UNITS, HeldOutText, cut_units
@@ -112,8 +111,7 @@ def prepare_texts(
             sequence_length=section.sequence_length,
             seed=section.seed,
         )
-        num_used = calibration.coverage.documents_used
-        seen = _documents_in_blocks(documents, tokenizer, num_used, section.seed)
+        seen = list(calibration.documents)
     held_out += _read_sources(sources, tokenizer)
     return Texts(
         calibration=calibration,
@@ -172,23 +170,6 @@ def _max_documents(section: CalibrationSection) -> int:
     """Enough of a data set for the blocks even where documents have a sentence each."""
     num_tokens = section.num_samples * section.sequence_length
     return max(5_000, 20 * section.num_samples, num_tokens // 8)
-
-
-def _documents_in_blocks(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, num_used: int, seed: int
-) -> list[TokenDocument]:
-    """The ``num_used`` documents that ``cut_blocks`` reached, in its order.
-
-    A large text is calibrated on in small part: the rest need not be tokenized.
-    """
-    order = list(documents)
-    random.Random(seed).shuffle(order)
-    reached: list[TokenDocument] = []
-    while len(reached) < num_used:
-        batch, order = order[: num_used - len(reached)], order[num_used - len(reached) :]
-        tokenized, _ = tokenize_documents(batch, tokenizer)
-        reached += [(name, ids) for name, ids in tokenized if len(ids)]
-    return reached
 
 
 def _read_sources(

@@ -12,7 +12,7 @@ from support.small_jobs import small_recipe, write_job, write_text
 from llmopt.errors import AlreadyConcludedError, BadInputError
 from llmopt.pipeline import quantize
 
-KILLS = 8
+KILLS = 20
 ROOT = Path(__file__).parent.parent
 
 

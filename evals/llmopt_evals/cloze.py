@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from llmopt_evals.errors import EvaluationError
+from llmopt_evals.errors import EvaluationError, NotFiniteError
 from llmopt_evals.scorer import Branches
 from llmopt_evals.units import Unit
 
@@ -136,15 +136,12 @@ def _item(
     return ClozeItem(unit, Branches(context, shown), int(np.flatnonzero(order == 0)[0]))
 
 
-def is_correct(item: ClozeItem, logprobs: Tensor) -> bool:
+def is_correct(item: ClozeItem, logprobs: Tensor, model: str) -> bool:
     """Whether the choice of the largest summed log-probability is the true one.
 
     Raises:
-        EvaluationError: a log-probability is NaN.
+        NotFiniteError: a log-probability is NaN; names ``model``.
     """
     if bool(torch.isnan(logprobs).any()):
-        raise EvaluationError(
-            f"a log-probability of a cloze item (unit {item.unit}) is NaN",
-            "look for NaN weights, or an overflow in float16: evaluate in bfloat16 or float32",
-        )
+        raise NotFiniteError(model, f"in a cloze item of unit {item.unit}")
     return int(logprobs.argmax()) == item.answer

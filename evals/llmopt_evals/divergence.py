@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmopt_evals.errors import EvaluationError
+from llmopt_evals.errors import NotFiniteError
 from llmopt_evals.scorer import Scores
 
 # Logits are asked for in large pieces (a head read from disk is read once a piece) and compared
@@ -107,7 +107,7 @@ def measure_block(
         unit: what to call the text in an error.
 
     Raises:
-        EvaluationError: NaN or infinite logits; names the model, the unit and the position.
+        NotFiniteError: NaN or infinite logits; names the model, the unit and the position.
     """
     parts: list[list[Divergence]] = [[] for _ in candidates]
     scratch = _Scratch()
@@ -168,14 +168,8 @@ def _compare(
 def _check(values: Tensor, name: str, unit: str, start: int) -> None:
     finite = torch.isfinite(values)
     if not bool(finite.all()):
-        raise _not_finite(name, unit, start + int((~finite).nonzero()[0, 0]))
-
-
-def _not_finite(name: str, unit: str, position: int) -> EvaluationError:
-    return EvaluationError(
-        f"the {name}'s logits are NaN or infinite in unit {unit!r} near position {position}",
-        "look for NaN weights, or an overflow in float16: evaluate in bfloat16 or float32",
-    )
+        position = start + int((~finite).nonzero()[0, 0])
+        raise NotFiniteError(name, f"in unit {unit!r} near position {position}")
 
 
 def _join(parts: Sequence[Divergence]) -> Divergence:

@@ -130,7 +130,7 @@ def measure(
         The evidence, and the noise scorer's KL per token (empty without one).
 
     Raises:
-        EvaluationError: NaN or infinite logits.
+        NotFiniteError: NaN or infinite logits; names the model.
     """
     blocks: list[Passage] = [block for unit in units for block in unit.blocks]
     passages = [*blocks, *(item.branches for item in items)]
@@ -168,7 +168,13 @@ def measure(
         progress(label, done, total)
     correct = [
         _correct(
-            scores[name], items, len(blocks), len(units), progress, (label, done, total, share)
+            name,
+            scores[name],
+            items,
+            len(blocks),
+            len(units),
+            progress,
+            (label, done, total, share),
         )
         for share, name in enumerate(("reference", "candidate"), start=1)
     ]
@@ -181,6 +187,7 @@ def measure(
 
 
 def _correct(
+    model: str,
     scores: Scores,
     items: Sequence[ClozeItem],
     offset: int,
@@ -196,7 +203,7 @@ def _correct(
         with torch.inference_mode():
             answers = scores.branch_logprobs(range(offset + first, offset + first + len(some)))
         for item, logprobs in zip(some, answers, strict=True):
-            correct[item.unit] += is_correct(item, logprobs)
+            correct[item.unit] += is_correct(item, logprobs, model)
         behind = len(items) * (share - 1) + first + len(some)
         progress(label, min(total, done + behind // 2), total)
     return correct

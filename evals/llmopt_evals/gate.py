@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +21,14 @@ from llmopt_evals.verdict import Look, NoiseFloor, Verdict
 NUM_NOISE_UNITS = 8  # the floor is a yardstick, not a criterion: a few thousand tokens tell it
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GateRun:
+    """A verdict and what it rests on (for ``power.simulate``)."""
+
+    verdict: Verdict
+    evidence: Evidence
+
+
 def run_gate(
     reference: Scorer,
     candidate: Scorer,
@@ -32,36 +41,8 @@ def run_gate(
     tasks: Sequence[PairedTask] = (),
     seed: int = 0,
     progress: Progress = lambda label, done, total: None,
-) -> Verdict:
-    """Judge a candidate against its reference. See ``run_gate_with_evidence``."""
-    return run_gate_with_evidence(
-        reference,
-        candidate,
-        text=text,
-        criteria=criteria,
-        baseline=baseline,
-        noise=noise,
-        cloze=cloze,
-        tasks=tasks,
-        seed=seed,
-        progress=progress,
-    )[0]
-
-
-def run_gate_with_evidence(
-    reference: Scorer,
-    candidate: Scorer,
-    *,
-    text: HeldOutText,
-    criteria: Criteria,
-    baseline: Scorer | None = None,
-    noise: Scorer | None = None,
-    cloze: ClozeOptions | None = ClozeOptions(),  # noqa: B008  (frozen)
-    tasks: Sequence[PairedTask] = (),
-    seed: int = 0,
-    progress: Progress = lambda label, done, total: None,
-) -> tuple[Verdict, Evidence]:
-    """Judge a candidate, and give what was measured as well (for ``power.simulate``).
+) -> GateRun:
+    """Judge a candidate against its reference.
 
     Units are put in a seeded random order; each look scores the units it adds and no others.
 
@@ -79,7 +60,8 @@ def run_gate_with_evidence(
         progress: told of what is scored.
 
     Raises:
-        EvaluationError: too little text, NaN logits, a criterion on what is not measured.
+        EvaluationError: too little text, a criterion on what is not measured.
+        NotFiniteError: NaN or infinite logits.
     """
     by_name = {task.name: task for task in tasks}
     order = np.random.default_rng(seed).permutation(len(text.units))
@@ -131,7 +113,8 @@ def run_gate_with_evidence(
         if looks[-1].outcome != "inconclusive":
             break
     assert evidence is not None
-    return _verdict(evidence, looks, plan, criteria, floor, text, baseline, seed), evidence
+    verdict = _verdict(evidence, looks, plan, criteria, floor, text, baseline, seed)
+    return GateRun(verdict, evidence)
 
 
 def check_text(

@@ -50,9 +50,17 @@ class TokenCoverage:
 
 @dataclass(frozen=True, slots=True)
 class TokenBlocks:
-    """Blocks ``(num_samples, sequence_length) int64``, and their coverage."""
+    """Blocks of tokens and where they came from.
+
+    Attributes:
+        blocks: ``(num_samples, sequence_length) int64``.
+        documents: name and ids ``(T,) int64`` of every document that was reached, whole: what
+            calibration may have seen.
+        coverage: what became of the text.
+    """
 
     blocks: Tensor
+    documents: tuple[tuple[str, Tensor], ...]
     coverage: TokenCoverage
 
 
@@ -106,14 +114,19 @@ def cut_blocks(
     blocks = [block for _ in range(num_samples) if (block := packer.fill(sequence_length))]
     if len(blocks) < num_samples:
         capacity = sequence_length - len(prefix)
+        num_tokens = sum(map(len, packer.reached.values()))
         raise BadInputError(
             f"the calibration text is too short: {num_samples} blocks of {sequence_length} tokens "
-            f"need {num_samples * capacity} tokens, it has {sum(packer.length.values())}, "
+            f"need {num_samples * capacity} tokens, it has {num_tokens}, "
             f"enough for {len(blocks)} blocks",
             "give more text, or ask for fewer samples or a shorter sequence length",
         )
     coverage = packer.coverage(len(documents), repeated.count, tokenizer.pad_token_id is not None)
-    return TokenBlocks(torch.tensor(blocks, dtype=torch.int64), coverage)
+    reached = tuple(
+        (order[index].name, torch.tensor(ids, dtype=torch.int64))
+        for index, ids in packer.reached.items()
+    )
+    return TokenBlocks(torch.tensor(blocks, dtype=torch.int64), reached, coverage)
 
 
 def _encoded(
@@ -146,14 +159,14 @@ class _Piece:
 
 
 class _Packer:
-    """Fills one block after another; keeps for each document its length and tokens used."""
+    """Fills one block after another; keeps each document reached and how much of it was used."""
 
     def __init__(self, fresh: Iterator[_Piece], prefix: list[int], separator: list[int]) -> None:
         self.fresh = fresh
         self.rests: deque[_Piece] = deque()
         self.prefix = prefix
         self.separator = separator
-        self.length: dict[int, int] = {}
+        self.reached: dict[int, list[int]] = {}
         self.used: dict[int, int] = {}
 
     def fill(self, sequence_length: int) -> list[int] | None:
@@ -177,20 +190,20 @@ class _Packer:
 
     def _next_piece(self) -> _Piece | None:
         for piece in self.fresh:
-            self.length[piece.document] = len(piece.ids)
             if piece.ids:
+                self.reached[piece.document] = piece.ids
                 return piece
         return self.rests.popleft() if self.rests else None
 
     def coverage(self, given: int, repeated_bos: int, has_pad_token: bool) -> TokenCoverage:
-        truncated = [d for d, used in self.used.items() if used < self.length[d]]
+        truncated = [d for d, used in self.used.items() if used < len(self.reached[d])]
         tokens_used = sum(self.used.values())
         return TokenCoverage(
             documents_given=given,
             documents_used=len(self.used),
             documents_truncated=len(truncated),
             tokens_used=tokens_used,
-            tokens_dropped=sum(self.length[d] for d in self.used) - tokens_used,
+            tokens_dropped=sum(len(self.reached[d]) for d in self.used) - tokens_used,
             duplicated_bos_removed=repeated_bos,
             has_pad_token=has_pad_token,
         )

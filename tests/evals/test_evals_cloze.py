@@ -65,9 +65,9 @@ def test_the_largest_sum_wins() -> None:
     item = make_items(numbered_units(), 1, OPTIONS, least=1, seed=0)[0]
     logprobs = torch.full((4,), -9.0)
     logprobs[item.answer] = -8.0
-    assert is_correct(item, logprobs)
+    assert is_correct(item, logprobs, "candidate")
     logprobs[(item.answer + 1) % 4] = -7.0
-    assert not is_correct(item, logprobs)
+    assert not is_correct(item, logprobs, "candidate")
     logprobs[0] = float("nan")
     with pytest.raises(EvaluationError, match="NaN"):
-        is_correct(item, logprobs)
+        is_correct(item, logprobs, "candidate")

@@ -6,8 +6,8 @@ import torch
 
 from llmopt_evals.cloze import ClozeOptions
 from llmopt_evals.criteria import Criteria, Criterion, RelativeCriterion, default_criteria
-from llmopt_evals.errors import EvaluationError
-from llmopt_evals.gate import run_gate, run_gate_with_evidence
+from llmopt_evals.errors import EvaluationError, NotFiniteError
+from llmopt_evals.gate import run_gate
 from llmopt_evals.judging import PairedTask, plan_looks
 from llmopt_evals.power import shift_to_margin, simulate
 from llmopt_evals.units import HeldOutText, cut_units
@@ -21,13 +21,17 @@ def text(documents) -> HeldOutText:
     return cut_units(documents)
 
 
+def judge(*scorers: object, **options: object) -> Verdict:
+    return run_gate(*scorers, **options).verdict
+
+
 def only(metric: str, margin: float, **more: object) -> Criteria:
     return Criteria(criteria=(Criterion(metric=metric, margin=margin),), relative=None, **more)
 
 
 def test_identical_models_pass_at_the_first_look(text, table_scorer) -> None:
     source = table_scorer()
-    verdict = run_gate(source, table_scorer(), text=text, criteria=default_criteria(8), cloze=CLOZE)
+    verdict = judge(source, table_scorer(), text=text, criteria=default_criteria(8), cloze=CLOZE)
     assert verdict.outcome == "pass" and verdict.stopped_early
     results = {result.name: result for result in verdict.criteria}
     for name, value in (("mean_kl", 0.0), ("perplexity_ratio", 1.0), ("top1_agreement", 1.0)):
@@ -37,7 +41,7 @@ def test_identical_models_pass_at_the_first_look(text, table_scorer) -> None:
 
 def test_a_worse_model_fails_at_the_first_look(text, table_scorer) -> None:
     worse = table_scorer(noise=4.0)
-    verdict = run_gate(table_scorer(), worse, text=text, criteria=default_criteria(2), cloze=CLOZE)
+    verdict = judge(table_scorer(), worse, text=text, criteria=default_criteria(2), cloze=CLOZE)
     assert verdict.outcome == "fail" and verdict.stopped_early
     outcomes = {result.name: result.outcome for result in verdict.criteria}
     assert outcomes["mean_kl"] == outcomes["top1_agreement"] == "fail"
@@ -47,9 +51,9 @@ def test_a_worse_model_fails_at_the_first_look(text, table_scorer) -> None:
 
 def test_the_second_look_scores_only_what_is_new(text, table_scorer) -> None:
     candidate = table_scorer(noise=0.3)
-    kl = run_gate(table_scorer(), candidate, text=text, criteria=only("mean_kl", 9.0), cloze=None)
+    kl = judge(table_scorer(), candidate, text=text, criteria=only("mean_kl", 9.0), cloze=None)
     candidate.num_scored = 0
-    verdict = run_gate(
+    verdict = judge(
         table_scorer(),
         candidate,
         text=text,
@@ -65,9 +69,8 @@ def test_the_second_look_scores_only_what_is_new(text, table_scorer) -> None:
 
 def test_estimates_are_those_of_a_direct_computation(text, table_scorer) -> None:
     source, candidate = table_scorer(), table_scorer(noise=0.5)
-    verdict, evidence = run_gate_with_evidence(
-        source, candidate, text=text, criteria=default_criteria(8), cloze=CLOZE
-    )
+    run = run_gate(source, candidate, text=text, criteria=default_criteria(8), cloze=CLOZE)
+    verdict, evidence = run.verdict, run.evidence
     nll, kl, n = [0.0, 0.0], 0.0, 0
     for unit in text.units:
         if unit.name not in evidence.names:
@@ -97,7 +100,7 @@ def test_estimates_are_those_of_a_direct_computation(text, table_scorer) -> None
 def test_relative_to_plain_rounding(
     text, table_scorer, candidate_noise: float, baseline_noise: float, outcome: str
 ) -> None:
-    verdict = run_gate(
+    verdict = judge(
         table_scorer(),
         table_scorer(noise=candidate_noise),
         baseline=table_scorer(noise=baseline_noise),
@@ -112,7 +115,7 @@ def test_relative_to_plain_rounding(
 
 def test_plain_rounding_itself_is_not_scored_twice(text, table_scorer) -> None:
     candidate = table_scorer(noise=0.3)
-    verdict = run_gate(
+    verdict = judge(
         table_scorer(),
         candidate,
         baseline=candidate,
@@ -128,7 +131,7 @@ def test_plain_rounding_itself_is_not_scored_twice(text, table_scorer) -> None:
 def test_below_the_noise_floor_is_good_enough(
     text, table_scorer, noise: float, outcome: str
 ) -> None:
-    verdict = run_gate(
+    verdict = judge(
         table_scorer(),
         table_scorer(noise=0.01),
         baseline=table_scorer(noise=0.002),
@@ -147,8 +150,9 @@ def test_below_the_noise_floor_is_good_enough(
 def test_nan_logits_of_the_candidate(text, table_scorer) -> None:
     broken = table_scorer()
     broken.table[:, 3] = torch.nan
-    with pytest.raises(EvaluationError, match="candidate's logits are NaN"):
+    with pytest.raises(NotFiniteError, match="candidate's logits are NaN") as caught:
         run_gate(table_scorer(), broken, text=text, criteria=default_criteria(4), cloze=CLOZE)
+    assert caught.value.model == "candidate"
 
 
 def test_what_cannot_be_judged_is_refused_before_the_work(text, table_scorer) -> None:
@@ -175,7 +179,7 @@ def test_a_task_is_one_more_criterion(text, table_scorer, num_wrong: int, outcom
     criteria = Criteria(
         criteria=(Criterion(metric="task_accuracy_drop", margin=0.02, task="arc"),), relative=None
     )
-    verdict = run_gate(
+    verdict = judge(
         table_scorer(),
         table_scorer(),
         text=text,
@@ -188,7 +192,7 @@ def test_a_task_is_one_more_criterion(text, table_scorer, num_wrong: int, outcom
 
 
 def test_a_verdict_is_json(text, table_scorer) -> None:
-    verdict = run_gate(
+    verdict = judge(
         table_scorer(),
         table_scorer(noise=0.2),
         baseline=table_scorer(noise=0.3),
@@ -212,9 +216,9 @@ def test_simulated_gates_pass_few_models_at_the_margin(text, table_scorer) -> No
     criteria = default_criteria(4).model_copy(
         update={"criteria": default_criteria(4).criteria[:2], "looks": 1}
     )
-    _, evidence = run_gate_with_evidence(
+    evidence = run_gate(
         table_scorer(), table_scorer(noise=0.2), text=text, criteria=criteria, cloze=CLOZE
-    )
+    ).evidence
     for criterion in default_criteria(4).criteria:
         at = shift_to_margin(evidence, criterion)
         if criterion.metric == "mean_kl":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from llmopt.checkpoint.reader import open_checkpoint
@@ -20,20 +20,10 @@ from llmopt.recipe import GateSection
 from llmopt.rounded import RoundedSource
 from llmopt.roundtrip import check_round_trip
 from llmopt.scoring import WalkerScorer
-from llmopt_evals.evidence import Evidence
-from llmopt_evals.gate import run_gate_with_evidence
+from llmopt_evals.gate import GateRun, run_gate
 from llmopt_evals.scorer import Branches, Passage, Scorer, Scores
 from llmopt_evals.statistics import Interval, ratio_interval, resample_counts
 from llmopt_evals.units import HeldOutText, Unit
-from llmopt_evals.verdict import Verdict
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Judged:
-    """A verdict and what it rests on."""
-
-    verdict: Verdict
-    evidence: Evidence
 
 
 def shorten(text: HeldOutText, num_units: int, num_tokens: int) -> HeldOutText:
@@ -43,7 +33,7 @@ def shorten(text: HeldOutText, num_units: int, num_tokens: int) -> HeldOutText:
     return replace(text, units=units)
 
 
-def kl_rise(faulty: Judged, sound: Judged) -> Interval:
+def kl_rise(faulty: GateRun, sound: GateRun) -> Interval:
     """95 % interval of the mean KL that the fault adds, over the units that both looked at."""
     n = min(len(faulty.evidence.names), len(sound.evidence.names))
     assert faulty.evidence.names[:n] == sound.evidence.names[:n]
@@ -87,14 +77,14 @@ class Bench:
         self._noise = SharedScorer(self._scorer(self.reader, self._structure, 1024))
         self._rounded: dict[frozenset[tuple[str, Scheme]], SharedScorer] = {}
 
-    def judge(self, artifact: Path, gate: GateSection) -> Judged:
+    def judge(self, artifact: Path, gate: GateSection) -> GateRun:
         """The verdict of ``llmopt eval``, and what it rests on."""
         comparison = compare(open_checkpoint(artifact), self.reader)
         key = frozenset(comparison.schemes.items())
         if key not in self._rounded:
             rounded = RoundedSource(self.reader, comparison.schemes)
             self._rounded[key] = SharedScorer(self._scorer(rounded, self._structure))
-        verdict, evidence = run_gate_with_evidence(
+        return run_gate(
             self._reference,
             self._scorer(comparison.candidate, comparison.candidate_structure),
             text=self.text,
@@ -104,7 +94,6 @@ class Bench:
             cloze=gate.cloze,
             seed=gate.seed,
         )
-        return Judged(verdict, evidence)
 
     def round_trip_catches(self, artifact: Path, calibrated: Path) -> bool:
         """Whether the round trip refuses ``artifact``, were ``calibrated`` what was solved."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from planted_faults.bases import Bases
-from planted_faults.bench import Bench, Judged
+from planted_faults.bench import Bench
 
 from llmopt.recipe import GateSection
+from llmopt_evals.gate import GateRun
 from llmopt_evals.units import HeldOutText
 
 
@@ -27,7 +28,7 @@ class Laboratory:
         self._scratch = scratch
         self._gate = gate
         self._benches: dict[Path, Bench] = {}
-        self._sound: dict[str, Judged] = {}
+        self._sound: dict[str, GateRun] = {}
 
     def bench(self, name: str) -> Bench:
         """Where a variant's artifacts are judged: one bench a source."""
@@ -36,11 +37,11 @@ class Laboratory:
             self._benches[source] = Bench(source, self.text, self._scratch)
         return self._benches[source]
 
-    def judge(self, artifact: Path, name: str) -> Judged:
+    def judge(self, artifact: Path, name: str) -> GateRun:
         """The verdict of an artifact made of a variant."""
         return self.bench(name).judge(artifact, self._gate)
 
-    def sound(self, name: str) -> Judged:
+    def sound(self, name: str) -> GateRun:
         """The verdict of a sound artifact."""
         if name not in self._sound:
             self._sound[name] = self.judge(self.bases.artifact(name), name)

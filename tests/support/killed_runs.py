@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -52,14 +53,20 @@ def run_to_the_end(source: Path, text: Path, output: Path) -> float:
     return time.monotonic() - start
 
 
-def kill_and_resume(source: Path, text: Path, output: Path, seconds: float) -> str:
-    """Kill a run after ``seconds``, look that nothing is visible, resume it."""
+def kill(source: Path, text: Path, output: Path, seconds: float) -> bool:
+    """Kill a run after ``seconds``; false if it had come to its end before."""
     child = fork_run(source, text, output)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
-        return "whole"  # it was faster than the undisturbed run: there was nothing left to kill
+    return os.WIFSIGNALED(status)
+
+
+def kill_and_resume(source: Path, text: Path, output: Path, seconds: float) -> str:
+    """Kill a run after ``seconds`` (earlier where it was faster), look what is visible, resume."""
+    while not kill(source, text, output, seconds):
+        shutil.rmtree(output)
+        seconds *= 0.9
     if not output.exists():
         visible = "nothing"
     else:  # the kill came after the rename: what is visible must be whole
