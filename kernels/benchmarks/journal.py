@@ -1,0 +1,98 @@
+"""What was measured so far, a line an event: it outlives a process that a kernel brought down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from benchmarks.benchmark import OURS, Benchmark
+from benchmarks.ceilings import Ceilings
+from benchmarks.rows import Environment, Row, row_from
+
+
+@dataclass(slots=True)
+class Journal:
+    """Everything in the file at ``path``; writing appends there too."""
+
+    path: Path
+    ceilings: Ceilings | None = None
+    environment: Environment | None = None
+    rows: list[Row] = field(default_factory=list)
+    began: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Journal:
+        """Read a file that need not exist yet, and whose last line may be cut off."""
+        journal = cls(path)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for line in text.split("\n")[:-1]:
+            event = json.loads(line)
+            match event["event"]:
+                case "start":
+                    journal.environment = Environment(**event["environment"])
+                    journal.ceilings = Ceilings(**event["ceilings"])
+                case "row":
+                    journal.rows.append(row_from(event["row"]))
+                case "began":
+                    journal.began.append(event["key"])
+                case "ended":
+                    journal.ended.append(event["key"])
+        return journal
+
+    def start(self, environment: Environment, ceilings: Ceilings) -> None:
+        """Write down what holds for the whole run."""
+        self.environment, self.ceilings = environment, ceilings
+        self._append("start", environment=asdict(environment), ceilings=asdict(ceilings))
+
+    def begin(self, benchmark: Benchmark) -> None:
+        """Write down that ``benchmark`` is next: after a crash it is not tried again."""
+        self.began.append(benchmark.key)
+        self._append("began", key=benchmark.key)
+
+    def add(self, row: Row) -> None:
+        """Write down a row."""
+        self.rows.append(row)
+        self._append("row", row=asdict(row))
+
+    def end(self, benchmark: Benchmark) -> None:
+        """Write down that all rows of ``benchmark`` are there."""
+        self.ended.append(benchmark.key)
+        self._append("ended", key=benchmark.key)
+
+    def close_broken(self, benchmarks: Sequence[Benchmark], reason: str) -> None:
+        """Give every benchmark that began and did not end its missing rows."""
+        assert self.environment is not None or not self.began
+        for benchmark in benchmarks:
+            if benchmark.key not in self.began or benchmark.key in self.ended:
+                continue
+            done = {
+                row.implementation
+                for row in self.rows
+                if (row.operation, row.benchmark) == (benchmark.operation, benchmark.name)
+            }
+            at_fault = True
+            for name in (OURS, *benchmark.peers):
+                if name in done:
+                    continue
+                assert self.environment is not None
+                why = reason if at_fault else f"not reached: {reason}"
+                at_fault = False
+                self.add(
+                    Row(
+                        benchmark.operation,
+                        benchmark.name,
+                        name,
+                        "failed" if name == OURS else "unavailable",
+                        benchmark.unit,
+                        self.environment,
+                        reason=why,
+                    )
+                )
+            self.end(benchmark)
+
+    def _append(self, event: str, **data: object) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **data}) + "\n")

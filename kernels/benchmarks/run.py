@@ -1,0 +1,174 @@
+"""Measure the kernels and their peers on one GPU.
+
+``python kernels/benchmarks/run.py [--only OP ...] [--tune] [--output FILE] [--seconds N]``: checks
+every operation against its reference, times it and its peers on the same inputs, prints a table
+and writes ``results/DEVICE.json``, goals included. With ``--tune`` it times every candidate
+configuration instead and writes ``results/DEVICE-tuning.json`` and ``.md``. Exits with 2 where
+there is no GPU, with 1 if an operation of ours failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[1]
+if str(KERNELS) not in sys.path:
+    sys.path.insert(0, str(KERNELS))
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402
+
+from benchmarks import suite, tune  # noqa: E402
+from benchmarks.benchmark import OURS, Benchmark  # noqa: E402
+from benchmarks.ceilings import measure_ceilings  # noqa: E402
+from benchmarks.goals import GOALS, SET_FOR, evaluate  # noqa: E402
+from benchmarks.journal import Journal  # noqa: E402
+from benchmarks.measuring import Bench  # noqa: E402
+from benchmarks.rows import (  # noqa: E402
+    Report,
+    file_name,
+    table,
+    this_environment,
+    to_json,
+)
+from benchmarks.supervising import supervise  # noqa: E402
+from benchmarks.timing import CudaTimer  # noqa: E402
+from benchmarks.working import work  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+BUDGET_S = 460.0
+NO_GPU = "no GPU here: these benchmarks need one that torch can use (torch.cuda.is_available())"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; 2 without a GPU, 1 if an operation failed."""
+    options = _parser().parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(NO_GPU, file=sys.stderr)
+        return 2
+    benchmarks = list(suite.benchmarks(options.only, "real"))
+    if options.tune:
+        benchmarks = tune.tunings(benchmarks)
+    if options.journal is not None:
+        return _work(benchmarks, options)
+    return _supervise(benchmarks, options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="OP",
+        choices=suite.OPERATIONS,
+        default=suite.OPERATIONS,
+        help=f"of {', '.join(suite.OPERATIONS)}",
+    )
+    parser.add_argument("--tune", action="store_true", help="time candidate configurations")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file, default results/DEVICE.json")
+    parser.add_argument("--seconds", type=float, default=BUDGET_S, help="for the whole run")
+    parser.add_argument(
+        "--sample-seconds", type=float, default=None, help="of samples for each implementation"
+    )
+    parser.add_argument("--commit", help="of the code, where git cannot say")
+    parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    return parser  # fmt: skip
+
+
+def _work(benchmarks: Sequence[Benchmark], options: argparse.Namespace) -> int:
+    """The measuring process."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    journal, timer = Journal.read(options.journal), CudaTimer()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        if journal.ceilings is None:
+            environment = this_environment(device, options.commit)
+            journal.start(environment, measure_ceilings(device, timer, "real"))
+            torch.cuda.empty_cache()
+        assert journal.ceilings is not None and journal.environment is not None
+        seconds = options.sample_seconds or (0.05 if options.tune else 0.2)
+        bench = Bench(device, timer, journal.ceilings, journal.environment, seconds)
+        return work(benchmarks, bench, journal, options.deadline, tell=_tell)
+
+
+def _supervise(benchmarks: Sequence[Benchmark], options: argparse.Namespace) -> int:
+    """The process that was called."""
+    began = time.time()
+    ending = "-tuning.json" if options.tune else ".json"
+    name = file_name(torch.cuda.get_device_name()).removesuffix(".json") + ending
+    output: Path = options.output or RESULTS / name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        journal_path = Path(folder) / "journal.jsonl"
+        deadline = began + options.seconds
+        # Anew for each: a broken device takes its process with it.
+        command = [sys.executable, __file__, *_passed_on(options),
+                   "--journal", str(journal_path), "--deadline", str(deadline)]  # fmt: skip
+
+        def write(journal: Journal) -> None:
+            if journal.environment is not None:
+                output.write_text(_document(benchmarks, journal, began, options), encoding="utf-8")
+
+        journal = supervise(command, benchmarks, journal_path, deadline, write)
+    write(journal)
+    if options.tune:
+        found = tune.winners(benchmarks, journal.rows)
+        assert journal.environment is not None
+        page = tune.notes(journal.environment, found)
+        output.with_suffix(".md").write_text(page, encoding="utf-8")
+        print(page)
+    else:
+        print(table(_report(journal, began, options)))
+    print(f"written: {output}")
+    return int(any(row.status == "failed" for row in journal.rows if row.implementation == OURS))
+
+
+def _passed_on(options: argparse.Namespace) -> list[str]:
+    words = ["--only", *options.only]
+    words += ["--tune"] * options.tune
+    if options.sample_seconds is not None:
+        words += ["--sample-seconds", str(options.sample_seconds)]
+    if options.commit is not None:
+        words += ["--commit", options.commit]
+    return words
+
+
+def _report(journal: Journal, began: float, options: argparse.Namespace) -> Report:
+    assert journal.environment is not None
+    wanted = [] if options.tune else [g for g in GOALS if g.row.operation in options.only]
+    return Report(
+        environment=journal.environment,
+        ceilings=journal.ceilings,
+        rows=journal.rows,
+        goals=evaluate(journal.rows, wanted),
+        seconds=time.time() - began,
+        notes=(f"The goals were set for an {SET_FOR}.",) if wanted else (),
+    )
+
+
+def _document(
+    benchmarks: Sequence[Benchmark], journal: Journal, began: float, options: argparse.Namespace
+) -> str:
+    document = to_json(_report(journal, began, options))
+    if not options.tune:
+        return document
+    best = [asdict(winner) for winner in tune.winners(benchmarks, journal.rows)]
+    return json.dumps({**json.loads(document), "winners": best}, indent=1) + "\n"
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
