@@ -1,6 +1,6 @@
 """Rounding to fp8 and int8 as torch rounds: the formulas once, for references and for kernels.
 
-With one scale a row (dynamic, per token), ``scale = max(|row|) / MAX`` and 1 for a row of zeros.
+With one scale a row (dynamic, per token), ``scale = max(|row|) / MAX``, and 1 where that is zero.
 fp8 is e4m3 (OCP 8-bit floating point, no infinities) and saturates; int8 is symmetric, -127..127,
 and rounds half to even.
 """
@@ -19,8 +19,8 @@ MAX = {torch.float8_e4m3fn: FP8_MAX, torch.int8: INT8_MAX}
 
 def row_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``(..., n)`` to ``(..., 1)``, the scale that brings the largest value to the type's end."""
-    largest = x.abs().amax(-1, keepdim=True)
-    return torch.where(largest == 0, 1.0, largest / MAX[dtype])
+    scale = x.abs().amax(-1, keepdim=True) / MAX[dtype]
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,7 +33,8 @@ def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 @triton.jit
 def row_scale_from(largest, LIMIT: tl.constexpr):
     """The scale of a row from its largest magnitude, float32."""
-    return tl.where(largest == 0.0, 1.0, largest / LIMIT)
+    scale = largest / LIMIT
+    return tl.where(scale == 0.0, 1.0, scale)
 
 
 @triton.jit
@@ -44,8 +45,9 @@ def round_half_even(x):
 
 @triton.jit
 def quantize_fp8(scaled):
-    """Float32 that is already divided by its scale to fp8 e4m3."""
-    return tl.minimum(tl.maximum(scaled, -448.0), 448.0).to(tl.float8e4nv)
+    """Float32 that is already divided by its scale to fp8 e4m3; NaN stays NaN."""
+    clamped = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return clamped.to(tl.float8e4nv)
 
 
 @triton.jit

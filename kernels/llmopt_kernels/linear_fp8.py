@@ -1,0 +1,715 @@
+"""``y = x @ W^T + b``, both factors in fp8 e4m3, products summed in float32.
+
+With codes ``a`` of the activations and ``c`` of the weight and their scales ``s`` and ``t``::
+
+    y[i, o] = sum_k  s[i, g(k)] a[i, k]  *  t[o', g(k)] c[o, k]    + b[o]
+
+Scales are one a tensor, one a token (of x) or channel (of W), or DeepSeek-V3's (arXiv:2412.19437):
+one a token and 128 columns of x, one a block of 128 x 128 of W. Those of the last kind differ
+along the sum and are applied to each 128 columns' partial sum, the others once at the end.
+
+x in 16 bits is quantized on the way: by a scale given (static), or by one a token, or, with a
+weight in blocks, one a token and 128 columns (dynamic, as ``quantize_rows`` defines them).
+
+Hopper's fp8 units keep about 14 bits of a running sum. Unless ``fast_accumulation`` is asked for,
+a sum is moved to float32 registers every 128 columns, as DeepSeek-V3 does; that is what
+``torch._scaled_mm`` means by ``use_fast_accum`` too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmopt_kernels.launching import (
+    check_choice,
+    check_dtype,
+    check_last_contiguous,
+    check_launchable,
+    check_shape,
+    launch,
+    runs_kernel,
+)
+from llmopt_kernels.quantize_rows import (
+    GROUP,
+    largest_magnitude,
+    launch_quantize_by,
+    launch_quantize_rows,
+    launch_row_scales,
+    quantize_rows_reference,
+)
+from llmopt_kernels.rounding import FP8_MAX, quantize, quantize_fp8, row_scale, row_scale_from
+from llmopt_kernels.triton_or_stub import tl, triton
+
+FP8 = torch.float8_e4m3fn
+DTYPES = (torch.bfloat16, torch.float16)
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Granularity = Literal["tensor", "channel", "block"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """A weight ``(out, in)``: ``codes * scales``, the scales spread over what shares them.
+
+    Attributes:
+        codes: ``(out, in) float8_e4m3fn``.
+        scales: float32: ``()``, ``(1,)`` or ``(1, 1)`` for the tensor, ``(out, 1)`` for channels,
+            ``(ceil(out / 128), ceil(in / 128))`` for blocks.
+
+    Raises:
+        ValueError: element type, stride or shape that does not fit.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __post_init__(self) -> None:
+        check_shape("codes", self.codes, (None, None))
+        check_dtype("codes", self.codes, (FP8,))
+        check_last_contiguous("codes", self.codes)
+        check_dtype("scales", self.scales, (torch.float32,))
+        if _is_one(self.scales):
+            return
+        out_features, in_features = self.codes.shape
+        channels, blocks = (out_features, 1), (_groups(out_features), _groups(in_features))
+        if tuple(self.scales.shape) not in (channels, blocks):
+            raise ValueError(
+                f"scales have shape {list(self.scales.shape)}; codes {[out_features, in_features]} "
+                f"take [1], {list(channels)} or, for blocks, {list(blocks)}"
+            )
+
+    @property
+    def out_features(self) -> int:
+        """Rows."""
+        return int(self.codes.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        """Columns."""
+        return int(self.codes.shape[1])
+
+    @property
+    def granularity(self) -> Granularity:
+        """What shares a scale, by the shape of the scales."""
+        if _is_one(self.scales):
+            return "tensor"
+        return "channel" if tuple(self.scales.shape) == (self.out_features, 1) else "block"
+
+    def dequantize(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """``(out, in)`` of ``dtype``."""
+        scales = self.scales.to(dtype)
+        if self.granularity == "block":
+            scales = scales.repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
+            scales = scales[: self.out_features, : self.in_features]
+        return self.codes.to(dtype) * scales
+
+
+def quantize_weight(weight: Tensor, granularity: Granularity) -> Fp8Weight:
+    """Round ``weight (out, in)`` with the scales that bring each largest value to 448.
+
+    Raises:
+        ValueError: shape or granularity that does not fit.
+    """
+    check_shape("weight", weight, (None, None))
+    check_choice("granularity", granularity, ("tensor", "channel", "block"))
+    rows, columns = weight.shape
+    height, width = {"tensor": (rows, columns), "channel": (1, columns), "block": (GROUP, GROUP)}[
+        granularity
+    ]
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % width, 0, -rows % height))
+    tiles = padded.unfold(0, height, height).unfold(1, width, width)
+    scales = row_scale(tiles.flatten(2), FP8)
+    codes = quantize(tiles.flatten(2), scales, FP8).view(tiles.shape).permute(0, 2, 1, 3)
+    codes = codes.reshape(padded.shape)[:rows, :columns].contiguous()
+    return Fp8Weight(codes, scales[..., 0])
+
+
+def linear_fp8(
+    x: Tensor,
+    weight: Fp8Weight,
+    bias: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    fast_accumulation: bool = False,
+) -> Tensor:
+    """``x @ weight^T + bias`` by fp8 products.
+
+    Args:
+        x: ``(..., in)`` float8_e4m3fn with its ``x_scale``, or bfloat16 or float16, which is
+            quantized: by ``x_scale``, or without one dynamically.
+        weight: ``(out, in)``.
+        bias: ``(out,)`` bfloat16, float16 or float32.
+        x_scale: float32: ``()``, ``(1,)`` or ``(1, 1)`` for the tensor, ``(..., 1)`` for tokens,
+            ``(..., ceil(in / 128))`` for tokens and 128 columns.
+        out_dtype: bfloat16, float16 or float32; without it that of a 16-bit x, bfloat16 of fp8.
+        fast_accumulation: leave sums in the tensor cores' own precision on Hopper. Partial sums
+            that a scale is applied to (x by groups, weight by blocks) are in float32 either way.
+
+    Returns:
+        ``(..., out)`` of ``out_dtype``.
+
+    Raises:
+        ValueError: shape, element type, stride or device that does not fit.
+    """
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if x_scale is not None and not _is_one(x_scale) and x_scale.dim() == x.dim():
+        x_scale = x_scale.reshape(-1, x_scale.shape[-1])
+    if runs_kernel(x):
+        y = launch_linear_fp8(
+            rows,
+            weight,
+            bias,
+            x_scale=x_scale,
+            out_dtype=out_dtype,
+            fast_accumulation=fast_accumulation,
+        )
+    else:
+        _check(rows, weight, bias, x_scale, out_dtype)
+        y = linear_fp8_reference(rows, weight, bias, x_scale=x_scale, dtype=torch.float32)
+        y = y.to(out_dtype or default_out_dtype(x))
+    return y.view(*x.shape[:-1], weight.out_features)
+
+
+def linear_fp8_reference(
+    x: Tensor,
+    weight: Fp8Weight,
+    bias: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """``(tokens, out)`` in ``dtype``; 16-bit ``x`` is quantized in float32, as by the kernel."""
+    codes, scales = _quantized_reference(x, weight, x_scale)
+    values = codes.to(dtype) * _over_columns(scales, x.shape[1]).to(dtype)
+    y = values @ weight.dequantize(dtype).T
+    return y if bias is None else y + bias.to(dtype)
+
+
+def _quantized_reference(
+    x: Tensor, weight: Fp8Weight, x_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if x_scale is None:
+        group = GROUP if weight.granularity == "block" else None
+        return quantize_rows_reference(x, FP8, group)
+    if x.dtype != FP8:
+        x = quantize(x.float(), _over_columns(x_scale, x.shape[1]), FP8)
+    return x, x_scale
+
+
+def _over_columns(scales: Tensor, num_columns: int) -> Tensor:
+    if scales.dim() < 2 or scales.shape[1] == 1:
+        return scales
+    return scales.repeat_interleave(GROUP, 1)[:, :num_columns]
+
+
+@triton.jit
+def _tile_of(program, num_tokens, out_features, BLOCK_M, BLOCK_N, GROUP_M: tl.constexpr):
+    """Rows and columns of tiles; GROUP_M rows of tiles are walked together and share W in L2."""
+    num_m, num_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    first = program // (GROUP_M * num_n) * GROUP_M
+    height = tl.minimum(num_m - first, GROUP_M)
+    within = program % (GROUP_M * num_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def _finish(
+    sums,
+    m,
+    n,
+    x_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    num_tokens,
+    out_features,
+    stride_x_scale,
+    stride_w_scale,
+    X_SCALE: tl.constexpr,
+    W_SCALE: tl.constexpr,
+):
+    """Apply the scales that are constant along the sum, add the bias, store ``(M, N)``."""
+    if X_SCALE == "tensor":
+        sums *= tl.load(x_scale_ptr)
+    elif X_SCALE == "token":
+        scale = tl.load(x_scale_ptr + m.to(tl.int64) * stride_x_scale, m < num_tokens, other=0.0)
+        sums *= scale[:, None]
+    if W_SCALE == "tensor":
+        sums *= tl.load(w_scale_ptr)
+    elif W_SCALE == "channel":
+        scale = tl.load(w_scale_ptr + n * stride_w_scale, n < out_features, other=0.0)
+        sums *= scale[None, :]
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + n, n < out_features, other=0.0).to(tl.float32)[None, :]
+    mask = (m < num_tokens)[:, None] & (n < out_features)[None, :]
+    y_ptrs = y_ptr + m.to(tl.int64)[:, None] * out_features + n[None, :]
+    tl.store(y_ptrs, sums.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _linear_fp8_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    partial_ptr,
+    num_tokens,
+    out_features,
+    in_features,
+    columns_per_split,
+    stride_x,
+    stride_w,
+    stride_x_scale,
+    stride_x_scale_group,
+    stride_w_scale,
+    stride_w_scale_group,
+    stride_split,
+    X_SCALE: tl.constexpr,  # "tensor", "token", "group", "dynamic group"
+    W_SCALE: tl.constexpr,  # "tensor", "channel", "block"
+    QUANTIZE: tl.constexpr,  # x is in 16 bits
+    SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FAST: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tile_m, tile_n = _tile_of(tl.program_id(0), num_tokens, out_features, BLOCK_M, BLOCK_N, GROUP_M)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    start = tl.program_id(1) * columns_per_split
+    end = tl.minimum(start + columns_per_split, in_features)
+    # Rows past the end are the last one again: a load without a mask, of what is not stored.
+    row = tl.minimum(m, num_tokens - 1).to(tl.int64)
+    channel = tl.minimum(n, out_features - 1).to(tl.int64)
+    x_ptrs = x_ptr + row[:, None] * stride_x + (start + k)[None, :]
+    w_ptrs = w_ptr + channel[:, None] * stride_w + (start + k)[None, :]
+    GROUPED: tl.constexpr = X_SCALE == "group" or X_SCALE == "dynamic group" or W_SCALE == "block"
+    if QUANTIZE:
+        if X_SCALE == "tensor":
+            x_scale = tl.load(x_scale_ptr)
+        elif X_SCALE == "token":
+            x_scale = tl.load(x_scale_ptr + row * stride_x_scale)[:, None]
+    if SWAP:
+        sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for column in range(start, end, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(k < end - column)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(k < end - column)[None, :], other=0.0)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+        if X_SCALE == "group":
+            group = column // BLOCK_K
+            x_scale = tl.load(x_scale_ptr + row * stride_x_scale + group * stride_x_scale_group)
+            x_scale = x_scale[:, None]
+        if QUANTIZE:
+            x = x.to(tl.float32)
+            if X_SCALE == "dynamic group":
+                x_scale = row_scale_from(largest_magnitude(x, 1), LIMIT)[:, None]
+            x = quantize_fp8(x / x_scale)
+        if GROUPED:
+            # BLOCK_K is the group, and BLOCK_N divides a block: one scale of W for the tile.
+            product = tl.dot(w, tl.trans(x)) if SWAP else tl.dot(x, tl.trans(w))
+            if X_SCALE == "group" or X_SCALE == "dynamic group":
+                scale = tl.trans(x_scale) if SWAP else x_scale
+                product *= scale
+            if W_SCALE == "block":
+                block = tile_n * BLOCK_N // BLOCK_K * stride_w_scale
+                product *= tl.load(w_scale_ptr + block + column // BLOCK_K * stride_w_scale_group)
+            sums += product
+        elif SWAP:
+            if FAST:
+                sums = tl.dot(w, tl.trans(x), sums)
+            else:
+                sums = tl.dot(w, tl.trans(x), sums, max_num_imprecise_acc=128)
+        else:
+            if FAST:
+                sums = tl.dot(x, tl.trans(w), sums)
+            else:
+                sums = tl.dot(x, tl.trans(w), sums, max_num_imprecise_acc=128)
+    if SWAP:
+        sums = tl.trans(sums)
+    if SPLITS == 1:
+        _finish(
+            sums,
+            m,
+            n,
+            x_scale_ptr,
+            w_scale_ptr,
+            bias_ptr,
+            y_ptr,
+            num_tokens,
+            out_features,
+            stride_x_scale,
+            stride_w_scale,
+            X_SCALE,
+            W_SCALE,
+        )
+    else:
+        partial_ptr += tl.program_id(1).to(tl.int64) * stride_split
+        mask = (m < num_tokens)[:, None] & (n < out_features)[None, :]
+        tl.store(partial_ptr + m.to(tl.int64)[:, None] * out_features + n[None, :], sums, mask=mask)
+
+
+@triton.jit
+def _sum_splits_kernel(
+    partial_ptr,
+    bias_ptr,
+    y_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    num_tokens,
+    out_features,
+    stride_split,
+    stride_x_scale,
+    stride_w_scale,
+    X_SCALE: tl.constexpr,
+    W_SCALE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    m = tl.program_id(0) + tl.arange(0, 1)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (n < out_features)[None, :]
+    partial_ptrs = partial_ptr + m.to(tl.int64)[:, None] * out_features + n[None, :]
+    sums = tl.zeros([1, BLOCK], tl.float32)
+    for _ in range(SPLITS):
+        sums += tl.load(partial_ptrs, mask=mask, other=0.0)
+        partial_ptrs += stride_split
+    _finish(
+        sums,
+        m,
+        n,
+        x_scale_ptr,
+        w_scale_ptr,
+        bias_ptr,
+        y_ptr,
+        num_tokens,
+        out_features,
+        stride_x_scale,
+        stride_w_scale,
+        X_SCALE,
+        W_SCALE,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Config:
+    """How the product is cut up.
+
+    Attributes:
+        block_m: tokens of a tile.
+        block_n: channels of a tile; divides 128 for a weight in blocks.
+        block_k: columns a step; 128 where scales change with the columns.
+        num_warps: of a program.
+        num_stages: steps whose loads are under way.
+        swap: multiply W by x^T, so that the tensor cores' 64 rows are channels and a tile of few
+            tokens wastes none of them.
+        splits: programs that share a tile's columns; their sums are added by a second kernel.
+        group_m: rows of tiles that are walked together.
+        quantize_in_loop: 16-bit x is quantized where it is multiplied, again for each tile of
+            channels; else once, by ``quantize_rows``.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False
+    splits: int = 1
+    group_m: int = 8
+    quantize_in_loop: bool = False
+
+
+NUM_SMS = 132
+"""Multiprocessors to keep busy, those of an H100 or H200; it only decides the splits."""
+
+
+def shipped_config(
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    *,
+    grouped: bool = False,
+    fast: bool = False,
+    aligned: bool = True,
+) -> Fp8Config:
+    """What the launcher takes without another wish.
+
+    Args:
+        num_tokens: rows of x.
+        out_features: rows of W.
+        in_features: columns of both.
+        grouped: scales change with the columns.
+        fast: sums are left in the tensor cores.
+        aligned: rows begin at multiples of 16 bytes; those of other tensors are read byte by byte,
+            through registers, of which larger tiles would need too many.
+
+    Up to 64 tokens the product waits for W: small tiles, a deep pipeline, splits that give every
+    multiprocessor some of W. Beyond, a program that moves its sums to other registers leaves the
+    tensor cores idle meanwhile: tiles are so small that three programs share a multiprocessor.
+    Without that they are as large as registers allow, for the fewest reads of shared memory.
+    """
+    if not aligned:
+        return Fp8Config(32, 64, 128, num_warps=8, num_stages=2, swap=True)
+    if num_tokens > 64:
+        if fast and not grouped and num_tokens * out_features >= NUM_SMS * 128 * 256:
+            return Fp8Config(128, 256, 128, num_warps=8, num_stages=4)
+        return Fp8Config(64, 128, 128, num_warps=4, num_stages=3, group_m=16)
+    block_m = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
+    num_tiles, steps = _groups(out_features, 64), _groups(in_features)
+    return Fp8Config(
+        block_m,
+        64,
+        128,
+        num_warps=4,
+        num_stages=8 if block_m < 64 else 6,
+        swap=True,
+        splits=max(1, min(2 * NUM_SMS // num_tiles, steps // 8, 8)),
+        quantize_in_loop=num_tokens <= 32,
+    )
+
+
+def candidate_configs(
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    *,
+    grouped: bool = False,
+    fast: bool = False,
+) -> list[Fp8Config]:
+    """What is worth timing for a problem, the shipped one first; arguments of that."""
+    shipped = shipped_config(num_tokens, out_features, in_features, grouped=grouped, fast=fast)
+    if num_tokens <= 64:
+        others = [
+            replace(shipped, splits=1),
+            replace(shipped, splits=2),
+            replace(shipped, splits=4),
+            replace(shipped, block_n=128, num_stages=6),
+            replace(shipped, num_stages=4),
+            replace(shipped, swap=False),
+            replace(shipped, quantize_in_loop=not shipped.quantize_in_loop),
+        ]
+        if not grouped:
+            others.append(replace(shipped, block_k=256, num_stages=4))
+    else:
+        small = replace(shipped, block_m=64, block_n=128, num_warps=4, num_stages=3)
+        large = replace(shipped, block_m=128, block_n=128, num_warps=8, num_stages=4, group_m=8)
+        others = [
+            small,
+            replace(small, num_stages=4),
+            replace(small, group_m=32),
+            replace(small, block_n=64),
+            replace(small, quantize_in_loop=True),
+            large,
+            replace(large, num_stages=3),
+            replace(large, num_stages=5),
+            replace(large, group_m=16),
+        ]
+        if fast and not grouped:
+            others += [replace(large, block_n=256), replace(large, block_n=256, num_stages=3)]
+    return list(dict.fromkeys([shipped, *others]))
+
+
+def launch_linear_fp8(
+    x: Tensor,
+    weight: Fp8Weight,
+    bias: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    fast_accumulation: bool = False,
+    config: Fp8Config | None = None,
+) -> Tensor:
+    """As ``linear_fp8`` of ``x (tokens, in)``, by the kernel, cut up as ``config`` says.
+
+    Raises:
+        ValueError: shape, element type, stride, device or configuration that does not fit.
+    """
+    _check(x, weight, bias, x_scale, out_dtype)
+    check_launchable(x=x, codes=weight.codes, scales=weight.scales, bias=bias, x_scale=x_scale)
+    (num_tokens, in_features), out_features = x.shape, weight.out_features
+    dtype = out_dtype or default_out_dtype(x)
+    y = torch.empty(num_tokens, out_features, dtype=dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    w_kind = weight.granularity
+    x_kind = _x_kind(x_scale, x.shape, dynamic_group=w_kind == "block")
+    grouped = "group" in x_kind or w_kind == "block"
+    if config is None:
+        config = shipped_config(
+            num_tokens,
+            out_features,
+            in_features,
+            grouped=grouped,
+            fast=fast_accumulation,
+            aligned=_is_aligned(x) and _is_aligned(weight.codes),
+        )
+    _check_config(config, grouped)
+    if x.dtype != FP8:
+        x, x_scale, x_kind = _quantized(x, x_scale, x_kind, config)
+    columns = config.block_k * math.ceil(in_features / (config.block_k * config.splits))
+    splits = max(1, math.ceil(in_features / columns)) if columns else 1
+    partial = None
+    if splits > 1:
+        partial = torch.empty(splits, *y.shape, dtype=torch.float32, device=x.device)
+    tiles = math.ceil(num_tokens / config.block_m) * math.ceil(out_features / config.block_n)
+    x_scale_strides = _strides(x_scale)
+    w_scale_strides = _strides(weight.scales)
+    launch(
+        _linear_fp8_kernel,
+        (tiles, splits),
+        x,
+        weight.codes,
+        bias,
+        y,
+        x_scale,
+        weight.scales,
+        partial,
+        num_tokens,
+        out_features,
+        in_features,
+        columns,
+        x.stride(0),
+        weight.codes.stride(0),
+        *x_scale_strides,
+        *w_scale_strides,
+        y.numel(),
+        X_SCALE=x_kind,
+        W_SCALE=w_kind,
+        QUANTIZE=x.dtype != FP8,
+        SWAP=config.swap,
+        EVEN_K=in_features % config.block_k == 0,
+        FAST=fast_accumulation,
+        SPLITS=splits,
+        LIMIT=FP8_MAX,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if partial is not None:
+        block = min(1024, triton.next_power_of_2(out_features))
+        launch(
+            _sum_splits_kernel,
+            (num_tokens, math.ceil(out_features / block)),
+            partial,
+            bias,
+            y,
+            x_scale,
+            weight.scales,
+            num_tokens,
+            out_features,
+            y.numel(),
+            x_scale_strides[0],
+            w_scale_strides[0],
+            X_SCALE=x_kind,
+            W_SCALE=w_kind,
+            SPLITS=splits,
+            BLOCK=block,
+            num_warps=4,
+        )
+    return y
+
+
+def default_out_dtype(x: Tensor) -> torch.dtype:
+    """The element type of the output where none is asked for."""
+    return torch.bfloat16 if x.dtype == FP8 else x.dtype
+
+
+def _quantized(
+    x: Tensor, x_scale: Tensor | None, x_kind: str, config: Fp8Config
+) -> tuple[Tensor, Tensor | None, str]:
+    """What the product of a 16-bit x is launched with: codes or x itself, scales, their kind."""
+    group = GROUP if x_kind == "dynamic group" else None
+    if config.quantize_in_loop:
+        if x_scale is None and group is None:
+            x_scale = launch_row_scales(x, FP8)
+        return x, x_scale, x_kind
+    if x_scale is not None:
+        return launch_quantize_by(x, x_scale, FP8), x_scale, x_kind
+    codes, scales = launch_quantize_rows(x, FP8, group)
+    return codes, scales, "group" if group else "token"
+
+
+def _x_kind(x_scale: Tensor | None, shape: torch.Size, *, dynamic_group: bool) -> str:
+    if x_scale is None:
+        return "dynamic group" if dynamic_group else "token"
+    if _is_one(x_scale):
+        return "tensor"
+    return "token" if tuple(x_scale.shape) == (shape[0], 1) else "group"
+
+
+def _is_one(scales: Tensor) -> bool:
+    return tuple(scales.shape) in ((), (1,), (1, 1))
+
+
+def _is_aligned(rows: Tensor) -> bool:
+    # Of a 16-bit x the codes count, whether they are made in the loop or written out.
+    return rows.stride(0) % 16 == 0 and rows.storage_offset() % 16 == 0
+
+
+def _groups(size: int, group: int = GROUP) -> int:
+    return -(-size // group)
+
+
+def _strides(scales: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if scales is None or scales.dim() < 2 else (scales.stride(0), scales.stride(1))
+
+
+def _check(
+    x: Tensor,
+    weight: Fp8Weight,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> None:
+    check_shape("x", x, (None, weight.in_features))
+    check_dtype("x", x, (*DTYPES, FP8))
+    check_last_contiguous("x", x)
+    if bias is not None:
+        check_shape("bias", bias, (weight.out_features,))
+        check_dtype("bias", bias, OUT_DTYPES)
+        check_last_contiguous("bias", bias)
+    if out_dtype is not None:
+        check_choice("out_dtype", out_dtype, OUT_DTYPES)
+    if x_scale is None:
+        if x.dtype == FP8:
+            raise ValueError("x is float8_e4m3fn without x_scale; its codes mean nothing alone")
+        return
+    check_dtype("x_scale", x_scale, (torch.float32,))
+    tokens, groups = (x.shape[0], 1), (x.shape[0], _groups(x.shape[1]))
+    if not _is_one(x_scale) and tuple(x_scale.shape) not in (tokens, groups):
+        raise ValueError(
+            f"x_scale has shape {list(x_scale.shape)}; x {list(x.shape)} takes [1], {list(tokens)} "
+            f"or, for groups of 128 columns, {list(groups)}"
+        )
+
+
+def _check_config(config: Fp8Config, grouped: bool) -> None:
+    if config.block_k % GROUP != 0:
+        raise ValueError(f"block_k is {config.block_k}; it must be a multiple of {GROUP}")
+    if grouped and (config.block_k != GROUP or GROUP % config.block_n != 0):
+        raise ValueError(
+            f"block_n is {config.block_n} and block_k {config.block_k}; with scales by 128 columns "
+            "block_k must be 128 and block_n divide 128"
+        )
