@@ -11,10 +11,10 @@ export PYTHONHASHSEED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fix interop planted clean
+.PHONY: help install demo test check fix interop planted kernels-aot kernels-aot-full clean
 
 help: ## say what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 install: $(STAMP) ## set up .venv with everything that the other targets need
 
@@ -35,7 +35,7 @@ demo: $(STAMP) ## quantize the built-in model to INT4, measure it, publish or re
 	$(BIN)/llmopt demo -o demo-output
 
 test: $(STAMP) ## run the tests (interop apart)
-	$(BIN)/python -m pytest -q --durations 10
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal --durations 10
 
 check: $(STAMP) ## lint, formatting, types, import rules, file sizes; only reads
 	$(BIN)/ruff check .
@@ -54,6 +54,14 @@ interop: $(STAMP) ## open outputs with transformers and vLLM, each in an environ
 
 planted: $(STAMP) ## plant faults in sound artifacts and see that the gate refuses them (long)
 	$(BIN)/python -m pytest -q -m planted tests/planted_faults --durations 10
+
+kernels-aot: $(STAMP) ## compile the shipped kernels for GPUs that need not be here, check what they use
+	$(BIN)/python kernels/aot/check.py
+	$(BIN)/python kernels/aot/with_oldest_triton.py kernels/aot/check.py
+
+kernels-aot-full: $(STAMP) ## the same for every tuning candidate, and for AMD's gfx942 (long)
+	$(BIN)/python kernels/aot/check.py --all --chip 80 --chip 90
+	$(BIN)/python kernels/aot/check.py --chip gfx942
 
 clean: ## remove what make and the tools made, .venv included
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache \
