@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.benchmark import OURS, Benchmark
 from benchmarks.ceilings import Ceilings
-from benchmarks.rows import Environment, Row, row_from
+from benchmarks.rows import Environment, Row, Status, row_from, row_without_time
 
 
 @dataclass(slots=True)
@@ -64,7 +64,6 @@ class Journal:
 
     def close_broken(self, benchmarks: Sequence[Benchmark], reason: str) -> None:
         """Give every benchmark that began and did not end its missing rows."""
-        assert self.environment is not None or not self.began
         for benchmark in benchmarks:
             if benchmark.key not in self.began or benchmark.key in self.ended:
                 continue
@@ -73,25 +72,26 @@ class Journal:
                 for row in self.rows
                 if (row.operation, row.benchmark) == (benchmark.operation, benchmark.name)
             }
-            at_fault = True
-            for name in (OURS, *benchmark.peers):
-                if name in done:
-                    continue
-                assert self.environment is not None
-                why = reason if at_fault else f"not reached: {reason}"
-                at_fault = False
-                self.add(
-                    Row(
-                        benchmark.operation,
-                        benchmark.name,
-                        name,
-                        "failed" if name == OURS else "unavailable",
-                        benchmark.unit,
-                        self.environment,
-                        reason=why,
-                    )
-                )
+            missing = [name for name in (OURS, *benchmark.peers) if name not in done]
+            for name in missing:
+                status: Status = "failed" if name == OURS else "unavailable"
+                why = reason if name == missing[0] else f"not reached: {reason}"
+                self.add(self._without(benchmark, name, status, why))
             self.end(benchmark)
+
+    def leave_out(self, benchmarks: Sequence[Benchmark], reason: str) -> None:
+        """Give every benchmark that never began its rows."""
+        for benchmark in benchmarks:
+            if benchmark.key in self.began:
+                continue
+            self.begin(benchmark)
+            for name in (OURS, *benchmark.peers):
+                self.add(self._without(benchmark, name, "left out", reason))
+            self.end(benchmark)
+
+    def _without(self, benchmark: Benchmark, name: str, status: Status, reason: str) -> Row:
+        assert self.environment is not None
+        return row_without_time(benchmark, name, status, reason, self.environment)
 
     def _append(self, event: str, **data: object) -> None:
         with self.path.open("a", encoding="utf-8") as file:

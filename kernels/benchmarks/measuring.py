@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.benchmark import OURS, Benchmark, Make, Prepared
 from benchmarks.ceilings import Ceilings
-from benchmarks.rows import Environment, Row, Status
+from benchmarks.rows import Environment, Row, Status, row_without_time
 from benchmarks.timing import MAX_SETS, Timer, Times, num_sets
 
 
@@ -60,19 +60,6 @@ def measure(benchmark: Benchmark, bench: Bench) -> Iterator[Row]:
         yield rows.measured(name, make, sets, expected)
 
 
-def left_out(benchmark: Benchmark, bench: Bench, status: Status, reason: str) -> Iterator[Row]:
-    """Rows of a benchmark that is not measured at all."""
-    for name in (OURS, *benchmark.peers):
-        yield _Rows(benchmark, bench).without(name, status, reason)
-
-
-def checked_error(benchmark: Benchmark, prepared: Prepared, expected: Tensor) -> float:
-    """The relative error by norm of one run, whose new tensors start as NaN."""
-    with poisoned_memory():
-        output = prepared.call()
-    return relative_error(benchmark.part(output), expected)
-
-
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected; infinite where NaN is found."""
     if found.shape != expected.shape:
@@ -114,12 +101,12 @@ class _Rows:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
-                error = self._check(make, sets[0], expected, limit)
+                error = self._check(make(sets[0]), expected, limit, ours)
                 prepared = [make(inputs) for inputs in sets]
                 calls = [p.call for p in prepared]
                 times = self.bench.timer(calls, self.bench.seconds, prepared[0].capture)
                 # Once more: what was right before and is wrong now has a race.
-                error = max(error, self._check(make, sets[0], expected, limit))
+                error = max(error, self._check(make(sets[0]), expected, limit, ours))
             except Exception as failure:
                 reason = said(failure)
                 if not ours and warned:
@@ -127,8 +114,11 @@ class _Rows:
                 return self.without(name, "failed" if ours else "unavailable", reason)
         return self._row(name, times, error, limit, len(sets), prepared[0].note)
 
-    def _check(self, make: Make, inputs: Any, expected: Tensor, limit: float) -> float:
-        error = checked_error(self.benchmark, make(inputs), expected)
+    def _check(self, prepared: Prepared, expected: Tensor, limit: float, ours: bool) -> float:
+        # What torch compiled would be compiled again for poisoned memory.
+        with poisoned_memory() if ours else nullcontext():
+            output = prepared.call()
+        error = relative_error(self.benchmark.part(output), expected)
         if not error <= limit:
             raise WrongError(f"relative error {error:.2e} against the reference, limit {limit:.0e}")
         return error
@@ -162,10 +152,7 @@ class _Rows:
         )
 
     def without(self, name: str, status: Status, reason: str) -> Row:
-        it = self.benchmark
-        return Row(
-            it.operation, it.name, name, status, it.unit, self.bench.environment, reason=reason
-        )
+        return row_without_time(self.benchmark, name, status, reason, self.bench.environment)
 
 
 def _first_lines(warned: Sequence[warnings.WarningMessage]) -> list[str]:

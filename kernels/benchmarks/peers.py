@@ -146,13 +146,14 @@ def scaled_mm(
     Scales as of ``linear_fp8``; one a tensor, one a token and channel, or in blocks, which are
     brought into the strides that cuBLAS wants.
     """
-    if x_scale.numel() == 1:
+    per_tensor, per_token = weight_scale.numel() == 1, x_scale.shape[-1:] == (1,)
+    if per_tensor:
         scale_a, scale_b = x_scale.reshape(()), weight_scale.reshape(())
-    elif x_scale.shape[1] == 1:
+    elif per_token:
         scale_a, scale_b = x_scale.contiguous(), weight_scale.reshape(1, -1).contiguous()
     else:
         scale_a, scale_b = x_scale.t().contiguous().t(), weight_scale.contiguous().t()
-    fast = x_scale.numel() == 1 or x_scale.shape[1] == 1
+    fast = per_tensor or per_token  # sums of blocks are scaled one by one, in float32
     return Prepared(
         lambda: torch._scaled_mm(
             x, weight.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.benchmark import Unit
+from benchmarks.benchmark import Benchmark, Unit
 from benchmarks.ceilings import Ceilings
 from benchmarks.goals import GoalResult
 
@@ -163,6 +163,14 @@ def from_json(text: str) -> Report:
         seconds=data["seconds"],
         notes=tuple(data["notes"]),
     )
+
+
+def row_without_time(
+    benchmark: Benchmark, name: str, status: Status, reason: str, environment: Environment
+) -> Row:
+    """The row of an implementation that was not timed."""
+    it = benchmark
+    return Row(it.operation, it.name, name, status, it.unit, environment, reason=reason)
 
 
 def row_from(data: dict[str, Any]) -> Row:

@@ -41,10 +41,14 @@ from benchmarks.rows import (  # noqa: E402
 )
 from benchmarks.supervising import supervise  # noqa: E402
 from benchmarks.timing import CudaTimer  # noqa: E402
+from benchmarks.warming import num_processes, warm, warm_in_processes  # noqa: E402
 from benchmarks.working import work  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET_S = 460.0
+COMPILING_SHARE = {"measure": 0.2, "tune": 0.5}
+"""Of the budget, at most."""
+
 NO_GPU = "no GPU here: these benchmarks need one that torch can use (torch.cuda.is_available())"
 
 
@@ -57,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmarks = list(suite.benchmarks(options.only, "real"))
     if options.tune:
         benchmarks = tune.tunings(benchmarks)
+    if options.warm is not None:
+        part, parts = map(int, options.warm.split("/"))
+        with torch.no_grad():
+            warm(benchmarks, torch.device("cuda"), part, parts)
+        return 0
     if options.journal is not None:
         return _work(benchmarks, options)
     return _supervise(benchmarks, options)
@@ -80,9 +89,13 @@ def _parser() -> argparse.ArgumentParser:
         "--sample-seconds", type=float, default=None, help="of samples for each implementation"
     )
     parser.add_argument("--commit", help="of the code, where git cannot say")
+    parser.add_argument(
+        "--compilers", type=int, default=num_processes(), help="processes that compile ahead"
+    )
+    parser.add_argument("--warm", metavar="I/N", help=argparse.SUPPRESS)
     parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
-    return parser  # fmt: skip
+    return parser
 
 
 def _work(benchmarks: Sequence[Benchmark], options: argparse.Namespace) -> int:
@@ -108,27 +121,37 @@ def _supervise(benchmarks: Sequence[Benchmark], options: argparse.Namespace) -> 
     name = file_name(torch.cuda.get_device_name()).removesuffix(".json") + ending
     output: Path = options.output or RESULTS / name
     output.parent.mkdir(parents=True, exist_ok=True)
+    # Anew for each: a broken device takes its process with it.
+    command = [sys.executable, __file__, *_passed_on(options)]
+    notes = [f"The goals were set for an {SET_FOR}."] * (not options.tune)
     with tempfile.TemporaryDirectory() as folder:
-        journal_path = Path(folder) / "journal.jsonl"
+        path = Path(folder) / "journal.jsonl"
         deadline = began + options.seconds
-        # Anew for each: a broken device takes its process with it.
-        command = [sys.executable, __file__, *_passed_on(options),
-                   "--journal", str(journal_path), "--deadline", str(deadline)]  # fmt: skip
 
         def write(journal: Journal) -> None:
             if journal.environment is not None:
-                output.write_text(_document(benchmarks, journal, began, options), encoding="utf-8")
+                report = _report(journal, time.time() - began, notes, options)
+                output.write_text(_document(benchmarks, report, options), encoding="utf-8")
 
-        journal = supervise(command, benchmarks, journal_path, deadline, write)
-    write(journal)
+        if options.compilers:
+            share = COMPILING_SHARE["tune" if options.tune else "measure"]
+            notes.append(warm_in_processes(command, options.compilers, share * options.seconds))
+            print(notes[-1], flush=True)
+        command += ["--journal", str(path), "--deadline", str(deadline)]
+        try:
+            journal = supervise(command, benchmarks, path, deadline, write)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 1
+        write(journal)
+    assert journal.environment is not None
     if options.tune:
         found = tune.winners(benchmarks, journal.rows)
-        assert journal.environment is not None
         page = tune.notes(journal.environment, found)
         output.with_suffix(".md").write_text(page, encoding="utf-8")
         print(page)
     else:
-        print(table(_report(journal, began, options)))
+        print(table(_report(journal, time.time() - began, notes, options)))
     print(f"written: {output}")
     return int(any(row.status == "failed" for row in journal.rows if row.implementation == OURS))
 
@@ -143,7 +166,9 @@ def _passed_on(options: argparse.Namespace) -> list[str]:
     return words
 
 
-def _report(journal: Journal, began: float, options: argparse.Namespace) -> Report:
+def _report(
+    journal: Journal, seconds: float, notes: Sequence[str], options: argparse.Namespace
+) -> Report:
     assert journal.environment is not None
     wanted = [] if options.tune else [g for g in GOALS if g.row.operation in options.only]
     return Report(
@@ -151,19 +176,16 @@ def _report(journal: Journal, began: float, options: argparse.Namespace) -> Repo
         ceilings=journal.ceilings,
         rows=journal.rows,
         goals=evaluate(journal.rows, wanted),
-        seconds=time.time() - began,
-        notes=(f"The goals were set for an {SET_FOR}.",) if wanted else (),
+        seconds=seconds,
+        notes=tuple(notes),
     )
 
 
-def _document(
-    benchmarks: Sequence[Benchmark], journal: Journal, began: float, options: argparse.Namespace
-) -> str:
-    document = to_json(_report(journal, began, options))
+def _document(benchmarks: Sequence[Benchmark], report: Report, options: argparse.Namespace) -> str:
     if not options.tune:
-        return document
-    best = [asdict(winner) for winner in tune.winners(benchmarks, journal.rows)]
-    return json.dumps({**json.loads(document), "winners": best}, indent=1) + "\n"
+        return to_json(report)
+    best = [asdict(winner) for winner in tune.winners(benchmarks, report.rows)]
+    return json.dumps({**json.loads(to_json(report)), "winners": best}, indent=1) + "\n"
 
 
 def _tell(line: str) -> None:

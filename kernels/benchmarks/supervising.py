@@ -45,7 +45,7 @@ def supervise(
         poll_s: between two looks.
 
     Raises:
-        RuntimeError: a process ended before it began anything; says its last words.
+        RuntimeError: the first process ended before it began anything; says its last words.
     """
     while True:
         before = len(Journal.read(path).began)
@@ -53,11 +53,13 @@ def supervise(
         journal = Journal.read(path)
         if reason is None:
             return journal
-        if len(journal.began) == before:
+        if journal.environment is None:
             raise RuntimeError(f"nothing was measured: {reason}")
         journal.close_broken(benchmarks, reason)
         on_progress(journal)
-        if len(journal.began) == len(benchmarks) or time.time() > deadline + GRACE_S:
+        hopeless = len(journal.began) == before or time.time() > deadline + GRACE_S
+        if hopeless or len(journal.began) == len(benchmarks):
+            journal.leave_out(benchmarks, f"not reached: {reason}")
             return journal
         print(f"starting anew: {reason}", flush=True)
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.benchmark import Benchmark
 from benchmarks.journal import Journal
-from benchmarks.measuring import Bench, left_out, measure
+from benchmarks.measuring import Bench, measure
 from benchmarks.rows import Row
 
 BROKEN = 3
@@ -52,14 +52,12 @@ def work(
         if benchmark.key in journal.began:
             continue
         left, needed = deadline - clock(), estimated_s(benchmark, bench)
-        journal.begin(benchmark)
         if needed > left:
             reason = f"would take about {needed:.0f} s, {max(left, 0.0):.0f} s were left"
-            for row in left_out(benchmark, bench, "left out", reason):
-                journal.add(row)
-            journal.end(benchmark)
+            journal.leave_out([benchmark], reason)
             tell(f"{benchmark.key}: left out, {reason}")
             continue
+        journal.begin(benchmark)
         began = clock()
         for row in measure(benchmark, bench):
             journal.add(row)

@@ -18,7 +18,11 @@ file = open(path, "a", buffering=1)
 def write(**event):
     file.write(json.dumps(event) + "\\n")
 if not lines:
+    if faults.get("start"):
+        sys.exit("no driver")
     write(event="start", **json.loads(sys.argv[3]))
+if len(lines) > 1 and "cannot start again" in faults.values():
+    sys.exit("no driver")
 for key in ("op/a", "op/b", "op/c"):
     if key in began:
         continue
@@ -26,6 +30,8 @@ for key in ("op/a", "op/b", "op/c"):
     fault = faults.get(key)
     if fault == "dies":
         print("CUDA error: an illegal memory access", file=sys.stderr)
+        os._exit(7)
+    if fault == "cannot start again":
         os._exit(7)
     if fault == "hangs":
         time.sleep(60)
@@ -68,6 +74,11 @@ def test_the_run_goes_on_behind_a_kernel_that_hangs(tmp_path):
 
 
 def test_a_process_that_cannot_start_is_an_error(tmp_path):
-    command = [sys.executable, "-c", "raise SystemExit('no driver')"]
     with pytest.raises(RuntimeError, match="nothing was measured: .*status 1: no driver"):
-        supervise(command, PROBLEMS, tmp_path / "j", time.time() + 60, lambda j: None, poll_s=0.02)
+        run(tmp_path, {"start": "fails"})
+
+
+def test_what_is_never_reached_is_listed(tmp_path):
+    journal, _ = run(tmp_path, {"op/b": "cannot start again"})
+    assert [(r.benchmark, r.status) for r in journal.rows] == [("b", "failed"), ("c", "left out")]
+    assert journal.rows[1].reason == "not reached: the process ended with status 1: no driver"
