@@ -15,19 +15,20 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parents[1]
 if str(KERNELS) not in sys.path:
     sys.path.insert(0, str(KERNELS))
-os.environ.pop("TRITON_INTERPRET", None)
+if __name__ == "__main__":  # read when triton is imported
+    os.environ.pop("TRITON_INTERPRET", None)
 
 import torch  # noqa: E402
 
 from benchmarks import suite, tune  # noqa: E402
-from benchmarks.benchmark import OURS, Benchmark  # noqa: E402
+from benchmarks.benchmark import OURS, Benchmark, Scale  # noqa: E402
 from benchmarks.ceilings import measure_ceilings  # noqa: E402
 from benchmarks.goals import GOALS, SET_FOR, evaluate  # noqa: E402
 from benchmarks.journal import Journal  # noqa: E402
@@ -40,7 +41,7 @@ from benchmarks.rows import (  # noqa: E402
     to_json,
 )
 from benchmarks.supervising import supervise  # noqa: E402
-from benchmarks.timing import CudaTimer  # noqa: E402
+from benchmarks.timing import CudaTimer, Timer  # noqa: E402
 from benchmarks.warming import num_processes, warm, warm_in_processes  # noqa: E402
 from benchmarks.working import work  # noqa: E402
 
@@ -52,23 +53,44 @@ COMPILING_SHARE = {"measure": 0.2, "tune": 0.5}
 NO_GPU = "no GPU here: these benchmarks need one that torch can use (torch.cuda.is_available())"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What is measured on; a test plays another than the GPU.
+
+    Attributes:
+        is_there: whether it can be used.
+        device: of the inputs.
+        name: for the results file.
+        timer: made in the measuring process.
+        scale: of the problems.
+        program: starts this program again.
+    """
+
+    is_there: Callable[[], bool] = torch.cuda.is_available
+    device: str = "cuda"
+    name: Callable[[], str] = torch.cuda.get_device_name
+    timer: Callable[[], Timer] = CudaTimer
+    scale: Scale = "real"
+    program: tuple[str, ...] = (sys.executable, __file__)
+
+
+def main(arguments: Sequence[str] | None = None, machine: Machine | None = None) -> int:
     """Measure, print, write; 2 without a GPU, 1 if an operation failed."""
-    options = _parser().parse_args(arguments)
-    if not torch.cuda.is_available():
+    options, machine = _parser().parse_args(arguments), machine or Machine()
+    if not machine.is_there():
         print(NO_GPU, file=sys.stderr)
         return 2
-    benchmarks = list(suite.benchmarks(options.only, "real"))
+    benchmarks = list(suite.benchmarks(options.only, machine.scale))
     if options.tune:
         benchmarks = tune.tunings(benchmarks)
-    if options.warm is not None:
-        part, parts = map(int, options.warm.split("/"))
-        with torch.no_grad():
-            warm(benchmarks, torch.device("cuda"), part, parts)
-        return 0
-    if options.journal is not None:
-        return _work(benchmarks, options)
-    return _supervise(benchmarks, options)
+    with torch.no_grad():
+        if options.warm is not None:
+            part, parts = map(int, options.warm.split("/"))
+            warm(benchmarks, torch.device(machine.device), part, parts)
+            return 0
+        if options.journal is not None:
+            return _work(benchmarks, options, machine)
+    return _supervise(benchmarks, options, machine)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,31 +120,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _work(benchmarks: Sequence[Benchmark], options: argparse.Namespace) -> int:
+def _work(benchmarks: Sequence[Benchmark], options: argparse.Namespace, machine: Machine) -> int:
     """The measuring process."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    journal, timer = Journal.read(options.journal), CudaTimer()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        if journal.ceilings is None:
-            environment = this_environment(device, options.commit)
-            journal.start(environment, measure_ceilings(device, timer, "real"))
-            torch.cuda.empty_cache()
-        assert journal.ceilings is not None and journal.environment is not None
-        seconds = options.sample_seconds or (0.05 if options.tune else 0.2)
-        bench = Bench(device, timer, journal.ceilings, journal.environment, seconds)
-        return work(benchmarks, bench, journal, options.deadline, tell=_tell)
+    device, timer = torch.device(machine.device), machine.timer()
+    journal = Journal.read(options.journal)
+    if journal.ceilings is None:
+        environment = this_environment(device, options.commit)
+        journal.start(environment, measure_ceilings(device, timer, machine.scale))
+    assert journal.ceilings is not None and journal.environment is not None
+    seconds = options.sample_seconds or (0.05 if options.tune else 0.2)
+    bench = Bench(device, timer, journal.ceilings, journal.environment, seconds)
+    return work(benchmarks, bench, journal, options.deadline, tell=_tell)
 
 
-def _supervise(benchmarks: Sequence[Benchmark], options: argparse.Namespace) -> int:
+def _supervise(
+    benchmarks: Sequence[Benchmark], options: argparse.Namespace, machine: Machine
+) -> int:
     """The process that was called."""
     began = time.time()
     ending = "-tuning.json" if options.tune else ".json"
-    name = file_name(torch.cuda.get_device_name()).removesuffix(".json") + ending
+    name = file_name(machine.name()).removesuffix(".json") + ending
     output: Path = options.output or RESULTS / name
     output.parent.mkdir(parents=True, exist_ok=True)
     # Anew for each: a broken device takes its process with it.
-    command = [sys.executable, __file__, *_passed_on(options)]
+    command = [*machine.program, *_passed_on(options)]
     notes = [f"The goals were set for an {SET_FOR}."] * (not options.tune)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal.jsonl"

@@ -51,6 +51,9 @@ def work(
     for benchmark in in_order(benchmarks):
         if benchmark.key in journal.began:
             continue
+        if bench.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
         left, needed = deadline - clock(), estimated_s(benchmark, bench)
         if needed > left:
             reason = f"would take about {needed:.0f} s, {max(left, 0.0):.0f} s were left"
@@ -69,8 +72,6 @@ def work(
                 tell(f"the device broke: {error}")
                 journal.end(benchmark)
                 return BROKEN
-            gc.collect()
-            torch.cuda.empty_cache()
         journal.end(benchmark)
         tell(f"{benchmark.key}: {clock() - began:.1f} s, estimated {needed:.1f} s")
     return 0
