@@ -2,7 +2,10 @@
 
 A tile is ``BLOCK_N`` tokens, aligned to ``BLOCK_N``, times some channels. Loading goes::
 
-    page, slot = locate(table_row_ptr, start, tokens, readable, BLOCK_N, PAGE)
+    tokens = start + tl.arange(0, BLOCK_N)
+    readable = (tokens >= first) & (tokens < end)
+    page = find_pages(table_row_ptr, start, first, end, BLOCK_N, PAGE)
+    slot = tokens % PAGE
     keys = load_keys(k_ptr, ..., page, slot, ...)          # (channels, tokens), for q @ keys
     values = load_values(v_ptr, ..., page, slot, ...)      # (tokens, channels), for p @ values
 
@@ -24,8 +27,33 @@ from llmopt_kernels.triton_or_stub import tl, triton
 
 
 @triton.jit
+def find_pages(table_row_ptr, start, first, end, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):
+    """Pages of the tokens of a tile, int64: ``(1,)`` if it lies within one, else ``(BLOCK_N,)``.
+
+    In a loop, ask for the pages of the next tile before working on this one: then the loads of
+    keys and values do not wait for the block table, and the compiler can issue them early.
+
+    Args:
+        table_row_ptr: the sequence's row of the block table, int32.
+        start: first token of the tile, a multiple of ``BLOCK_N``.
+        first: tokens before it are not read, and what the block table says of them.
+        end: nor are those from it on.
+        BLOCK_N: tokens a tile, a power of two.
+        PAGE: tokens a page.
+    """
+    if BLOCK_N <= PAGE:
+        index = start // PAGE + tl.arange(0, 1)
+        page = tl.load(table_row_ptr + index, mask=index * PAGE < end, other=0)
+    else:
+        tokens = start + tl.arange(0, BLOCK_N)
+        readable = (tokens >= first) & (tokens < end)
+        page = tl.load(table_row_ptr + tokens // PAGE, mask=readable, other=0)
+    return page.to(tl.int64)
+
+
+@triton.jit
 def locate(table_row_ptr, start, tokens, readable, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):
-    """Where the tokens of a tile lie.
+    """Pages, as of ``find_pages``, and slots within them, ``(BLOCK_N,)``, of the tile at hand.
 
     Args:
         table_row_ptr: the sequence's row of the block table, int32.
@@ -34,10 +62,6 @@ def locate(table_row_ptr, start, tokens, readable, BLOCK_N: tl.constexpr, PAGE: 
         readable: ``(BLOCK_N,)`` which tokens exist; at least one.
         BLOCK_N: tokens a tile, a power of two.
         PAGE: tokens a page.
-
-    Returns:
-        Pages, int64, ``(1,)`` if the tile lies within one page and else ``(BLOCK_N,)``, and slots
-        within the page, ``(BLOCK_N,)``.
     """
     if BLOCK_N <= PAGE:
         page = tl.load(table_row_ptr + start // PAGE + tl.arange(0, 1))
@@ -91,8 +115,8 @@ def load_keys(
         k_ptr: ``PagedKV.k``.
         scale_ptr: ``PagedKV.k_scale``; read of int4 alone, by page and channel.
         min_ptr: ``PagedKV.k_min``; likewise.
-        page: from ``locate``.
-        slot: from ``locate``.
+        page: from ``find_pages``.
+        slot: of the tokens in their page.
         readable: ``(BLOCK_N,)``.
         head: kv head.
         num_heads: kv heads.
@@ -108,19 +132,21 @@ def load_keys(
     """
     rows = page * stride_page + slot * stride_token + head * stride_head
     channel = tl.arange(0, BLOCK)
-    mask = (channel < WIDTH)[:, None] & readable[None, :]
-    if KIND != "int4":
+    is_channel = (channel < WIDTH)[:, None]
+    mask = is_channel & readable[None, :]
+    if KIND == "int4":
+        column, shift = _nibbles(FIRST, WIDTH, BLOCK, HEAD_DIM)
+        packed = tl.load(k_ptr + rows[None, :] + column[:, None], mask=mask, other=0)
+        codes = ((packed >> shift[:, None]) & 15).to(tl.float32)
+        # One row of scales a page: (BLOCK, 1) if the tile lies within a page.
+        at = ((page * num_heads + head) * HEAD_DIM + FIRST)[None, :] + channel[:, None]
+        scale = tl.load(scale_ptr + at, mask=is_channel, other=0.0)
+        minimum = tl.load(min_ptr + at, mask=is_channel, other=0.0)
+        keys = (codes * scale + minimum).to(DTYPE)
+    else:
         ptrs = k_ptr + rows[None, :] + (FIRST + channel)[:, None]
-        return tl.load(ptrs, mask=mask, other=0.0).to(DTYPE)
-    column, shift = _nibbles(FIRST, WIDTH, BLOCK, HEAD_DIM)
-    packed = tl.load(k_ptr + rows[None, :] + column[:, None], mask=mask, other=0)
-    codes = ((packed >> shift[:, None]) & 15).to(tl.float32)
-    # One row of scales a page: (BLOCK, 1) if the tile lies within a page.
-    at = ((page * num_heads + head) * HEAD_DIM + FIRST)[None, :] + channel[:, None]
-    mask = (channel < WIDTH)[:, None]
-    scale = tl.load(scale_ptr + at, mask=mask, other=0.0)
-    minimum = tl.load(min_ptr + at, mask=mask, other=0.0)
-    return (codes * scale + minimum).to(DTYPE)
+        keys = tl.load(ptrs, mask=mask, other=0.0).to(DTYPE)
+    return keys
 
 
 @triton.jit
@@ -152,15 +178,17 @@ def load_values(
     rows = page * stride_page + slot * stride_token + head * stride_head
     channel = tl.arange(0, BLOCK)
     mask = readable[:, None] & (channel < WIDTH)[None, :]
-    if KIND != "int4":
+    if KIND == "int4":
+        column, shift = _nibbles(FIRST, WIDTH, BLOCK, HEAD_DIM)
+        packed = tl.load(v_ptr + rows[:, None] + column[None, :], mask=mask, other=0)
+        codes = ((packed >> shift[None, :]) & 15).to(tl.float32)
+        scale = token_scale(scale_ptr, page, slot, readable, head, num_heads, PAGE)
+        minimum = token_scale(min_ptr, page, slot, readable, head, num_heads, PAGE)
+        values = (codes * scale[:, None] + minimum[:, None]).to(DTYPE)
+    else:
         ptrs = v_ptr + rows[:, None] + (FIRST + channel)[None, :]
-        return tl.load(ptrs, mask=mask, other=0.0).to(DTYPE)
-    column, shift = _nibbles(FIRST, WIDTH, BLOCK, HEAD_DIM)
-    packed = tl.load(v_ptr + rows[:, None] + column[None, :], mask=mask, other=0)
-    codes = ((packed >> shift[None, :]) & 15).to(tl.float32)
-    scale = token_scale(scale_ptr, page, slot, readable, head, num_heads, PAGE)
-    minimum = token_scale(min_ptr, page, slot, readable, head, num_heads, PAGE)
-    return (codes * scale[:, None] + minimum[:, None]).to(DTYPE)
+        values = tl.load(ptrs, mask=mask, other=0.0).to(DTYPE)
+    return values
 
 
 @triton.jit

@@ -1,0 +1,397 @@
+"""attention_decode against its float64 reference."""
+
+import dataclasses
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from support.comparing import TOLERANCE, relative_error
+
+import llmopt_kernels.attention_decode
+import llmopt_kernels.attention_merge
+from llmopt_kernels.attention_decode import (
+    DecodeConfig,
+    attention_decode,
+    attention_decode_reference,
+    candidate_configs,
+    choose_num_splits,
+    launch_attention_decode,
+    shipped_config,
+)
+from llmopt_kernels.decode_problem import CachedTokens, DecodeProblem, pack_tree_mask
+from llmopt_kernels.paged_kv import HEAD_DIMS, PAGE_SIZES, from_interleaved, new_cache
+
+# Probabilities are rounded to 16 bit before they multiply the values, int4 is when dequantized.
+LOOSER = 1.5
+CONFIG = DecodeConfig(32, 4, 2)
+KINDS = ("16-bit", "fp8", "int8", "int4")
+
+
+@contextmanager
+def compiling_nothing():
+    """Launchers called inside launch nothing; gives what they would have."""
+    launches = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (llmopt_kernels.attention_decode, llmopt_kernels.attention_merge):
+            patch.setattr(module, "launch", lambda *given, **_: launches.append(given))
+        yield launches
+
+
+def filled_store(
+    kind, lengths, page_size, kv_heads, head_dim, generator, dtype=torch.bfloat16, interleaved=False
+):
+    """Tokens of sequences in shuffled pages; NaN wherever no token is."""
+    pages = [-(-length // page_size) for length in lengths]
+    num_pages = sum(pages) + 2
+    cache = new_cache(kind, num_pages, page_size, kv_heads, head_dim, dtype=dtype)
+    if interleaved:
+        cache = from_interleaved(
+            torch.empty(num_pages, kv_heads, page_size, 2 * head_dim, dtype=dtype)
+        )
+    for name, part in cache.tensors().items():
+        if part is None:
+            continue
+        if part.dtype in (torch.int8, torch.uint8):
+            low, high = (-127, 128) if part.dtype == torch.int8 else (0, 256)
+            part.copy_(torch.randint(low, high, part.shape, generator=generator))
+        elif "scale" in name:
+            part.copy_(torch.rand(part.shape, generator=generator) + 0.5)
+            part.div_({"fp8": 1, "int8": 100, "int4": 4}[kind])
+        else:
+            part.copy_(torch.randn(part.shape, generator=generator) - 2 * ("min" in name))
+    order = torch.randperm(num_pages, generator=generator).tolist()
+    table = torch.full((len(lengths), max([1, *pages])), order[-1], dtype=torch.int32)
+    used = torch.zeros(num_pages, page_size, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        mine = torch.tensor([order.pop() for _ in range(pages[row])], dtype=torch.int32)
+        table[row, : pages[row]] = mine
+        slots = torch.arange(pages[row] * page_size)[:length]
+        used[mine.long()[slots // page_size], slots % page_size] = True
+    poison(cache, used)
+    return CachedTokens(cache, table, torch.tensor(lengths, dtype=torch.int32))
+
+
+def poison(cache, used):
+    for name, part in cache.tensors().items():
+        by_head, by_page = part is None or part.dim() == 1, part is not None and part.dim() == 3
+        if by_head or part.dtype in (torch.int8, torch.uint8):
+            continue
+        if cache.kind == "int4" and name.startswith("k_") and by_page:
+            part[~used.any(1)] = float("nan")
+        elif part.dtype == torch.float8_e4m3fn:
+            part.view(torch.uint8)[~used] = 127
+        else:
+            part[~used] = float("nan")
+
+
+def problem(
+    lengths=(1, 17, 40, 0),
+    kind="16-bit",
+    page_size=16,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=64,
+    dtype=torch.bfloat16,
+    num_queries=1,
+    device="cpu",
+    recent=None,
+    sinks=False,
+    tree=False,
+    interleaved=False,
+    seed=0,
+    **options,
+):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (page_size, kv_heads, head_dim)
+    stores = [filled_store(kind, lengths, *shape, generator, dtype, interleaved)]
+    if recent is not None:
+        stores.append(filled_store("16-bit", recent, *shape, generator, dtype))
+    num_tokens = len(lengths) * num_queries
+    # Heads are cut out of a wider row, as q is out of a fused projection.
+    q = torch.randn(num_tokens, q_heads + 2, head_dim, generator=generator).to(dtype)
+    made = DecodeProblem(
+        q[:, 1:-1],
+        tuple(stores),
+        num_queries,
+        max(lengths),
+        head_dim**-0.5,
+        random_trees(len(lengths), num_queries, generator) if tree else None,
+        sinks=torch.randn(q_heads, generator=generator) if sinks else None,
+        **options,
+    )
+    return moved(made, device)
+
+
+def random_trees(num_sequences, num_queries, generator):
+    """Each token hangs on an earlier one, or on the sequence itself."""
+    mask = torch.zeros(num_sequences, num_queries, num_queries, dtype=torch.bool)
+    for tree in mask:
+        for token in range(num_queries):
+            parent = int(torch.randint(-1, token, (1,), generator=generator)) if token else -1
+            if parent >= 0:
+                tree[token] = tree[parent]
+            tree[token, token] = True
+    return pack_tree_mask(mask)
+
+
+def moved(value, device):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(moved(part, device) for part in value)
+    if dataclasses.is_dataclass(value):
+        parts = {f.name: moved(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **parts)
+    return value
+
+
+def hold(made, num_splits=2, config=CONFIG):
+    expected, expected_lse = attention_decode_reference(made)
+    out, lse = launch_attention_decode(made, num_splits, config)
+    tolerance = LOOSER * TOLERANCE[made.q.dtype]
+    assert out.dtype == made.q.dtype and out.shape == made.q.shape
+    assert relative_error(out, expected) <= tolerance
+    nothing = expected_lse == -math.inf
+    assert torch.equal(lse == -math.inf, nothing)
+    assert relative_error(lse[~nothing], expected_lse[~nothing]) <= tolerance
+    return out, lse
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_and_head_dimension(kind, head_dim, device):
+    hold(problem((33, 0, 17), kind, head_dim=head_dim, kv_heads=1, device=device))
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_page_size_at_its_borders(kind, page_size, device):
+    lengths = (page_size - 1, page_size, page_size + 1, 1)
+    made = problem(lengths, kind, page_size, device=device, dtype=torch.float16)
+    hold(made, config=DecodeConfig(min(page_size, 64) if kind == "int4" else 64, 4, 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int4_and_others_in_tiles_of_several_pages(kind, device):
+    hold(problem((70, 31), kind, 16, device=device), config=DecodeConfig(64, 4, 2))
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 17, None])
+def test_every_number_of_splits_gives_the_same(num_splits, device):
+    hold(problem((100, 33, 0, 1), device=device, sinks=True), num_splits)
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (5, 1), (6, 2), (3, 3)])
+@pytest.mark.parametrize("num_queries", [1, 3, 19])
+def test_groups_and_queries_are_rows(q_heads, kv_heads, num_queries, device):
+    made = problem(
+        (40, 19, 2), q_heads=q_heads, kv_heads=kv_heads, num_queries=num_queries, device=device
+    )
+    hold(made)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 24}, {"softcap": 2.0}, {"sinks": True}])
+@pytest.mark.parametrize("num_queries", [1, 5, 24])
+def test_a_tree_sees_ancestors_alone(num_queries, options, device):
+    made = problem(
+        (45, 24, 30, 0), num_queries=num_queries, tree=True, device=device, kind="int8", **options
+    )
+    hold(made)
+
+
+def test_a_tree_of_all_64_bits(device):
+    hold(problem((64, 70), num_queries=64, q_heads=2, kv_heads=1, tree=True, device=device))
+
+
+def test_a_tree_that_is_a_chain_is_the_chain(device):
+    chain = problem((40, 9), num_queries=7, device=device)
+    mask = torch.ones(2, 7, 7, dtype=torch.bool, device=device).tril()
+    tree = dataclasses.replace(chain, tree_mask=pack_tree_mask(mask))
+    for found, expected in zip(hold(tree), hold(chain), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("window", [1, 16, 33, 1000])
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_a_window_does_not_read_what_it_has_left(window, num_queries, device):
+    made = problem((70, 100, 3, 0), window=window, num_queries=num_queries, device=device)
+    expected, _ = attention_decode_reference(made)
+    store = made.stores[0]
+    for row, length in enumerate((70, 100)):
+        left = max(0, length - num_queries - window + 1) // store.cache.page_size
+        gone = store.block_table[row, :left]
+        store.cache.k[gone.long()] = float("nan")
+        store.cache.v[gone.long()] = float("nan")
+        store.block_table[row, :left] = 1 << 20
+    out, _ = launch_attention_decode(made, 2, CONFIG)
+    assert relative_error(out, expected) <= LOOSER * TOLERANCE[made.q.dtype]
+
+
+@pytest.mark.parametrize("options", [{"sinks": True}, {"softcap": 3.0}, {"window": 20}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_options_in_both_types(options, dtype, device):
+    hold(problem((50, 17, 0), dtype=dtype, device=device, num_queries=2, **options))
+
+
+@pytest.mark.parametrize("kind", ["int4", "16-bit"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tree": True}, {"window": 25, "sinks": True}, {"window": 9, "tree": True}],
+)
+def test_recent_tokens_follow_the_others(kind, options, device):
+    # Queries in the second store, across both, in the first, an empty first, nothing.
+    made = problem(
+        (32, 40, 16, 0, 0), kind, recent=(17, 3, 0, 33, 0), num_queries=6, device=device, **options
+    )
+    hold(made)
+
+
+def test_keys_and_values_interleaved_as_vllm_has_them(device):
+    made = problem((50, 17, 0), interleaved=True, device=device)
+    assert made.stores[0].cache.k.stride() != new_cache("16-bit", 6, 16, 2, 64).k.stride()
+    hold(made)
+
+
+def test_no_sequences(device):
+    made = problem((1,), device=device)
+    store = made.stores[0]
+    none = CachedTokens(store.cache, store.block_table[:0], store.lengths[:0])
+    out, lse = launch_attention_decode(dataclasses.replace(made, q=made.q[:0], stores=(none,)))
+    assert out.shape == (0, 4, 64) and lse.shape == (0, 4)
+
+
+def test_no_pages_at_all(device):
+    made = problem((0, 0), device=device)
+    store = dataclasses.replace(made.stores[0], block_table=made.stores[0].block_table[:, :0])
+    out, lse = launch_attention_decode(dataclasses.replace(made, stores=(store,)))
+    assert not out.any() and bool((lse == -math.inf).all())
+
+
+def call(made, **changes):
+    store = made.stores[0]
+    given = {
+        "q": made.q,
+        "cache": store.cache,
+        "block_table": store.block_table,
+        "kv_lengths": store.lengths,
+        "max_kv_length": made.max_kv_length,
+        **changes,
+    }
+    return attention_decode(**given)
+
+
+def test_the_operation_gives_output_and_lse(device):
+    made = problem(device=device)
+    out, lse = call(made, return_lse=True)
+    expected, expected_lse = attention_decode_reference(made)
+    assert out.dtype == made.q.dtype and lse.dtype == torch.float32
+    assert relative_error(out, expected) <= LOOSER * TOLERANCE[made.q.dtype]
+    seen = expected_lse > -math.inf
+    assert relative_error(lse[seen], expected_lse[seen]) <= TOLERANCE[torch.float16]
+    assert torch.equal(call(made), out)
+
+
+def test_it_reads_no_values_before_it_launches():
+    made = moved(problem((50, 17), "int4", recent=(3, 4), num_queries=2, tree=True), "meta")
+    with compiling_nothing() as launches:
+        launch_attention_decode(made)
+    assert len(launches) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"q": torch.zeros(4, 4, 64)}, "q is float32; use bfloat16, float16"),
+        ({"q": torch.zeros(4, 4, 64, dtype=torch.float16)}, "cache is bfloat16; use float16"),
+        ({"q": torch.zeros(4, 4, 80).bfloat16()}, "2 kv heads of 64 channels; expected 2 of 80"),
+        ({"q": torch.zeros(4, 3, 64).bfloat16()}, "3 query heads do not share 2 kv heads"),
+        ({"q": torch.zeros(5, 4, 64).bfloat16()}, "q has 5 tokens; 4 sequences of 1 queries"),
+        ({"q": torch.zeros(4, 64, 4).bfloat16().mT}, "q has stride 4 in its last dimension"),
+        ({"kv_lengths": torch.zeros(4)}, "kv_lengths is float32; use int32"),
+        ({"kv_lengths": torch.zeros(3, dtype=torch.int32)}, r"block_table has shape \[4, 3\]"),
+        ({"block_table": torch.zeros(4, 3)}, "block_table is float32; use int32"),
+        ({"block_table": torch.zeros(3, 4, dtype=torch.int32).mT}, "block_table has stride 4"),
+        ({"window": 0}, "window is 0; it must be positive"),
+        ({"softcap": -1.0}, "softcap is -1.0; it must be positive"),
+        ({"scale": 0.0}, "scale is 0.0; it must be positive"),
+        ({"max_kv_length": -1}, "max_kv_length is -1"),
+        ({"sinks": torch.zeros(3)}, r"sinks has shape \[3\]; expected \[4\]"),
+        ({"tree_mask": torch.zeros(4, 1)}, "tree_mask is float32; use int64"),
+        ({"recent": new_cache("16-bit", 1, 16, 2, 64)}, "recent_lengths go together"),
+        ({"num_queries": 0}, "4 sequences of 0 queries"),
+        (
+            {
+                "recent": new_cache("int8", 1, 16, 2, 64),
+                "recent_block_table": torch.zeros(4, 1, dtype=torch.int32),
+                "recent_lengths": torch.zeros(4, dtype=torch.int32),
+            },
+            "recent is int8; it must be 16-bit",
+        ),
+        (
+            {
+                "recent": new_cache("16-bit", 1, 16, 1, 64),
+                "recent_block_table": torch.zeros(4, 1, dtype=torch.int32),
+                "recent_lengths": torch.zeros(4, dtype=torch.int32),
+            },
+            "recent_cache has 1 kv heads of 64 channels; expected 2 of 64",
+        ),
+        (
+            {"check_values": True, "block_table": torch.full((4, 3), 99, dtype=torch.int32)},
+            r"block table \[0, 0\] is 99; the pool has 8 pages",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        call(problem(), **changes)
+
+
+def test_a_tree_that_does_not_fit_is_refused():
+    made = problem((70,), num_queries=65)
+    with pytest.raises(ValueError, match="a tree of 65 tokens; the most is 64"):
+        call(made, num_queries=65, tree_mask=torch.zeros(1, 65, dtype=torch.int64))
+    with pytest.raises(ValueError, match="a tree of 65 tokens; the most is 64"):
+        pack_tree_mask(torch.ones(1, 65, 65))
+    with pytest.raises(ValueError, match="window is 3 and the tree has 65 tokens|a tree of 65"):
+        call(made, num_queries=65, window=3, tree_mask=torch.zeros(1, 65, dtype=torch.int64))
+    made = problem((70,), num_queries=4)
+    with pytest.raises(ValueError, match="window is 3 and the tree has 4 tokens"):
+        call(made, num_queries=4, window=3, tree_mask=torch.zeros(1, 4, dtype=torch.int64))
+    strided = torch.zeros(1, 8, dtype=torch.int64)[:, ::2]
+    with pytest.raises(ValueError, match="tree_mask has strides"):
+        call(made, num_queries=4, tree_mask=strided)
+
+
+def test_num_splits_out_of_range_is_refused(device):
+    with pytest.raises(ValueError, match="num_splits is 0; use 1 to 256"):
+        launch_attention_decode(problem(device=device), 0)
+
+
+def test_splits_fill_the_multiprocessors_and_are_not_too_short():
+    assert choose_num_splits(64, 8, 1, 8192, 132) == 3
+    assert choose_num_splits(1, 8, 1, 8192, 132) == 32
+    assert choose_num_splits(1, 8, 1, 100, 132) == 1
+    assert choose_num_splits(1, 1, 1, 10**7, 132) == 256
+    assert choose_num_splits(1, 8, 2, 8192, 132) == 8
+    assert choose_num_splits(1, 8, 1, 0, 132) == 1
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_int4_tiles_lie_within_pages(page_size):
+    for head_dim in HEAD_DIMS:
+        shipped = shipped_config("int4", head_dim, page_size, 16)
+        candidates = list(candidate_configs("int4", head_dim, page_size, 16))
+        assert all(c.block_n <= page_size for c in [shipped, *candidates])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="real shapes need a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("num_queries", [1, 8])
+def test_real_shapes(kind, head_dim, num_queries, device):
+    lengths = (8192, 4097, 1, 0, 5000)
+    made = problem(
+        lengths, kind, 64, 32, 8, head_dim, num_queries=num_queries, tree=True, device=device
+    )
+    hold(made, None, None)
