@@ -24,9 +24,9 @@ from llmopt.quantization.hessian import (
 from llmopt.quantization.quantized_tensor import QuantizedTensor
 from llmopt.quantization.rtn import check_matrix, rtn
 from llmopt.quantization.scheme import Scheme
+from llmopt_kernels.gptq_columns import columns_per_call, gptq_columns
 
 _BLOCK_COLUMNS = 256  # columns between two products with the errors of all columns before
-_STEP_COLUMNS = 32  # columns between two products with the errors of this block
 _ERROR_ROWS = 256  # rows the reported error is measured on
 
 
@@ -150,7 +150,7 @@ class _Solver:
         groups = torch.arange(columns, device=weight.device) // self.group_columns
         if order is not None and scheme.activation_order == "weight":
             groups = order // self.group_columns
-        self.groups: list[int] = groups.tolist()
+        self.groups = groups
         self.stored_scales = weight.new_empty((self.num_groups, rows), dtype=scale_dtype)
         self.scales = torch.empty_like(self.stored_scales, dtype=torch.float32)
         self.zero_points = torch.full_like(self.scales, scheme.midpoint)
@@ -195,7 +195,8 @@ class _Solver:
             self._solve_block(adjusted, feedback, start, stop)
 
     def _solve_block(self, adjusted: Tensor, feedback: Tensor, start: int, stop: int) -> None:
-        for first, last in _steps(start, stop, self.group_columns if self.dynamic else stop):
+        group_columns = self.group_columns if self.dynamic else stop
+        for first, last in _steps(start, stop, columns_per_call(adjusted), group_columns):
             if self.dynamic and first % self.group_columns == 0:
                 group = first // self.group_columns
                 values = adjusted[first - start : first - start + self.group_columns]
@@ -203,45 +204,21 @@ class _Solver:
                     values.t().unsqueeze(1), self.scheme, self.scale_dtype, self.options.clip
                 )
                 self._store(slice(group, group + 1), grid)
-            self._solve_step(
-                adjusted[first - start : last - start], feedback[first:last, first:last], first
+            gptq_columns(
+                adjusted[first - start : last - start],
+                feedback[first:last, first:last],
+                self.scales,
+                self.zero_points,
+                self.groups[first:last],
+                self.errors[first:last],
+                self.codes[first:last],
+                max_code=self.scheme.max_code,
+                residuals=self.dynamic,
             )
             if last < stop:
                 adjusted[last - start :].addmm_(
                     feedback[last:stop, first:last], self.errors[first:last]
                 )
-
-    def _solve_step(self, adjusted: Tensor, feedback: Tensor, first: int) -> None:
-        """Round ``adjusted (n, out)`` column by column; errors and codes go to their buffers.
-
-        ``feedback (n, n)`` is the step's own part.
-        """
-        count = adjusted.shape[0]
-        errors = self.errors[first : first + count]
-        groups = self.groups[first : first + count]
-        zero_points = self.zero_points[groups]
-        lows, highs = (-zero_points).unbind(), (self.scheme.max_code - zero_points).unbind()
-        # Feedback is zero where errors are still weights, so one product with all of the step does;
-        # cutting views to size takes longer than multiplying by zeros.
-        transposed = errors.t()
-        centred = torch.empty_like(adjusted)
-        for column, code, weights, scale, error, low, high in zip(
-            adjusted.unbind(),
-            centred.unbind(),
-            feedback.unbind(),
-            self.scales[groups].unbind(),
-            errors.unbind(),
-            lows,
-            highs,
-            strict=True,
-        ):
-            column.addmv_(transposed, weights)
-            torch.div(column, scale, out=code).round_()
-            torch.clamp(code, low, high, out=code)
-            if self.dynamic:
-                error.copy_(column)
-            error.addcmul_(code, scale, value=-1.0)
-        self.codes[first : first + count] = centred.add_(zero_points).to(torch.uint8)
 
     def result(self) -> QuantizedTensor:
         """The solved columns, back where the weight has them."""
@@ -263,11 +240,13 @@ class _Solver:
         )
 
 
-def _steps(start: int, stop: int, group_columns: int) -> Iterator[tuple[int, int]]:
+def _steps(
+    start: int, stop: int, step_columns: int, group_columns: int
+) -> Iterator[tuple[int, int]]:
     """Cut ``start..stop`` into steps that do not straddle groups."""
     while start < stop:
         group_end = (start // group_columns + 1) * group_columns
-        last = min(start + _STEP_COLUMNS, group_end, stop)
+        last = min(start + step_columns, group_end, stop)
         yield start, last
         start = last
 
