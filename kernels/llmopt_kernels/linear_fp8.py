@@ -19,12 +19,18 @@ a sum is moved to float32 registers every 128 columns, as DeepSeek-V3 does; that
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from llmopt_kernels.fp8_weight import (
+    FP8,
+    Fp8Weight,
+    Granularity,
+    is_one,
+    num_groups,
+    quantize_weight,
+)
 from llmopt_kernels.launching import (
     check_choice,
     check_dtype,
@@ -34,6 +40,12 @@ from llmopt_kernels.launching import (
     launch,
     runs_kernel,
 )
+from llmopt_kernels.linear_fp8_config import (
+    Fp8Config,
+    candidate_configs,
+    check_config,
+    shipped_config,
+)
 from llmopt_kernels.quantize_rows import (
     GROUP,
     largest_magnitude,
@@ -42,90 +54,24 @@ from llmopt_kernels.quantize_rows import (
     launch_row_scales,
     quantize_rows_reference,
 )
-from llmopt_kernels.rounding import FP8_MAX, quantize, quantize_fp8, row_scale, row_scale_from
+from llmopt_kernels.rounding import FP8_MAX, quantize, quantize_fp8, row_scale_from
 from llmopt_kernels.triton_or_stub import tl, triton
 
-FP8 = torch.float8_e4m3fn
+__all__ = [
+    "FP8",
+    "Fp8Config",
+    "Fp8Weight",
+    "Granularity",
+    "candidate_configs",
+    "launch_linear_fp8",
+    "linear_fp8",
+    "linear_fp8_reference",
+    "quantize_weight",
+    "shipped_config",
+]
+
 DTYPES = (torch.bfloat16, torch.float16)
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-Granularity = Literal["tensor", "channel", "block"]
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8Weight:
-    """A weight ``(out, in)``: ``codes * scales``, the scales spread over what shares them.
-
-    Attributes:
-        codes: ``(out, in) float8_e4m3fn``.
-        scales: float32: ``()``, ``(1,)`` or ``(1, 1)`` for the tensor, ``(out, 1)`` for channels,
-            ``(ceil(out / 128), ceil(in / 128))`` for blocks.
-
-    Raises:
-        ValueError: element type, stride or shape that does not fit.
-    """
-
-    codes: Tensor
-    scales: Tensor
-
-    def __post_init__(self) -> None:
-        check_shape("codes", self.codes, (None, None))
-        check_dtype("codes", self.codes, (FP8,))
-        check_last_contiguous("codes", self.codes)
-        check_dtype("scales", self.scales, (torch.float32,))
-        if _is_one(self.scales):
-            return
-        out_features, in_features = self.codes.shape
-        channels, blocks = (out_features, 1), (_groups(out_features), _groups(in_features))
-        if tuple(self.scales.shape) not in (channels, blocks):
-            raise ValueError(
-                f"scales have shape {list(self.scales.shape)}; codes {[out_features, in_features]} "
-                f"take [1], {list(channels)} or, for blocks, {list(blocks)}"
-            )
-
-    @property
-    def out_features(self) -> int:
-        """Rows."""
-        return int(self.codes.shape[0])
-
-    @property
-    def in_features(self) -> int:
-        """Columns."""
-        return int(self.codes.shape[1])
-
-    @property
-    def granularity(self) -> Granularity:
-        """What shares a scale, by the shape of the scales."""
-        if _is_one(self.scales):
-            return "tensor"
-        return "channel" if tuple(self.scales.shape) == (self.out_features, 1) else "block"
-
-    def dequantize(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """``(out, in)`` of ``dtype``."""
-        scales = self.scales.to(dtype)
-        if self.granularity == "block":
-            scales = scales.repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
-            scales = scales[: self.out_features, : self.in_features]
-        return self.codes.to(dtype) * scales
-
-
-def quantize_weight(weight: Tensor, granularity: Granularity) -> Fp8Weight:
-    """Round ``weight (out, in)`` with the scales that bring each largest value to 448.
-
-    Raises:
-        ValueError: shape or granularity that does not fit.
-    """
-    check_shape("weight", weight, (None, None))
-    check_choice("granularity", granularity, ("tensor", "channel", "block"))
-    rows, columns = weight.shape
-    height, width = {"tensor": (rows, columns), "channel": (1, columns), "block": (GROUP, GROUP)}[
-        granularity
-    ]
-    padded = torch.nn.functional.pad(weight.float(), (0, -columns % width, 0, -rows % height))
-    tiles = padded.unfold(0, height, height).unfold(1, width, width)
-    scales = row_scale(tiles.flatten(2), FP8)
-    codes = quantize(tiles.flatten(2), scales, FP8).view(tiles.shape).permute(0, 2, 1, 3)
-    codes = codes.reshape(padded.shape)[:rows, :columns].contiguous()
-    return Fp8Weight(codes, scales[..., 0])
 
 
 def linear_fp8(
@@ -157,7 +103,7 @@ def linear_fp8(
         ValueError: shape, element type, stride or device that does not fit.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if x_scale is not None and not _is_one(x_scale) and x_scale.dim() == x.dim():
+    if x_scale is not None and not is_one(x_scale) and x_scale.dim() == x.dim():
         x_scale = x_scale.reshape(-1, x_scale.shape[-1])
     if runs_kernel(x):
         y = launch_linear_fp8(
@@ -409,125 +355,6 @@ def _sum_splits_kernel(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8Config:
-    """How the product is cut up.
-
-    Attributes:
-        block_m: tokens of a tile.
-        block_n: channels of a tile; divides 128 for a weight in blocks.
-        block_k: columns a step; 128 where scales change with the columns.
-        num_warps: of a program.
-        num_stages: steps whose loads are under way.
-        swap: multiply W by x^T, so that the tensor cores' 64 rows are channels and a tile of few
-            tokens wastes none of them.
-        splits: programs that share a tile's columns; their sums are added by a second kernel.
-        group_m: rows of tiles that are walked together.
-        quantize_in_loop: 16-bit x is quantized where it is multiplied, again for each tile of
-            channels; else once, by ``quantize_rows``.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    swap: bool = False
-    splits: int = 1
-    group_m: int = 8
-    quantize_in_loop: bool = False
-
-
-NUM_SMS = 132
-"""Multiprocessors to keep busy, those of an H100 or H200; it only decides the splits."""
-
-
-def shipped_config(
-    num_tokens: int,
-    out_features: int,
-    in_features: int,
-    *,
-    grouped: bool = False,
-    fast: bool = False,
-    aligned: bool = True,
-) -> Fp8Config:
-    """What the launcher takes without another wish.
-
-    Args:
-        num_tokens: rows of x.
-        out_features: rows of W.
-        in_features: columns of both.
-        grouped: scales change with the columns.
-        fast: sums are left in the tensor cores.
-        aligned: rows begin at multiples of 16 bytes; those of other tensors are read byte by byte,
-            through registers, of which larger tiles would need too many.
-
-    Up to 64 tokens the product waits for W: small tiles, a deep pipeline, splits that give every
-    multiprocessor some of W. Beyond, a program that moves its sums to other registers leaves the
-    tensor cores idle meanwhile: tiles are so small that three programs share a multiprocessor.
-    Without that they are as large as registers allow, for the fewest reads of shared memory.
-    """
-    if not aligned:
-        return Fp8Config(32, 64, 128, num_warps=8, num_stages=2, swap=True)
-    if num_tokens > 64:
-        if fast and not grouped and num_tokens * out_features >= NUM_SMS * 128 * 256:
-            return Fp8Config(128, 256, 128, num_warps=8, num_stages=4)
-        return Fp8Config(64, 128, 128, num_warps=4, num_stages=3, group_m=16)
-    block_m = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
-    num_tiles, steps = _groups(out_features, 64), _groups(in_features)
-    return Fp8Config(
-        block_m,
-        64,
-        128,
-        num_warps=4,
-        num_stages=8 if block_m < 64 else 6,
-        swap=True,
-        splits=max(1, min(2 * NUM_SMS // num_tiles, steps // 8, 8)),
-        quantize_in_loop=num_tokens <= 32,
-    )
-
-
-def candidate_configs(
-    num_tokens: int,
-    out_features: int,
-    in_features: int,
-    *,
-    grouped: bool = False,
-    fast: bool = False,
-) -> list[Fp8Config]:
-    """What is worth timing for a problem, the shipped one first; arguments of that."""
-    shipped = shipped_config(num_tokens, out_features, in_features, grouped=grouped, fast=fast)
-    if num_tokens <= 64:
-        others = [
-            replace(shipped, splits=1),
-            replace(shipped, splits=2),
-            replace(shipped, splits=4),
-            replace(shipped, block_n=128, num_stages=6),
-            replace(shipped, num_stages=4),
-            replace(shipped, swap=False),
-            replace(shipped, quantize_in_loop=not shipped.quantize_in_loop),
-        ]
-        if not grouped:
-            others.append(replace(shipped, block_k=256, num_stages=4))
-    else:
-        small = replace(shipped, block_m=64, block_n=128, num_warps=4, num_stages=3)
-        large = replace(shipped, block_m=128, block_n=128, num_warps=8, num_stages=4, group_m=8)
-        others = [
-            small,
-            replace(small, num_stages=4),
-            replace(small, group_m=32),
-            replace(small, block_n=64),
-            replace(small, quantize_in_loop=True),
-            large,
-            replace(large, num_stages=3),
-            replace(large, num_stages=5),
-            replace(large, group_m=16),
-        ]
-        if fast and not grouped:
-            others += [replace(large, block_n=256), replace(large, block_n=256, num_stages=3)]
-    return list(dict.fromkeys([shipped, *others]))
-
-
 def launch_linear_fp8(
     x: Tensor,
     weight: Fp8Weight,
@@ -562,7 +389,7 @@ def launch_linear_fp8(
             fast=fast_accumulation,
             aligned=_is_aligned(x) and _is_aligned(weight.codes),
         )
-    _check_config(config, grouped)
+    check_config(config, grouped=grouped)
     if x.dtype != FP8:
         x, x_scale, x_kind = _quantized(x, x_scale, x_kind, config)
     columns = config.block_k * math.ceil(in_features / (config.block_k * config.splits))
@@ -654,22 +481,14 @@ def _quantized(
 def _x_kind(x_scale: Tensor | None, shape: torch.Size, *, dynamic_group: bool) -> str:
     if x_scale is None:
         return "dynamic group" if dynamic_group else "token"
-    if _is_one(x_scale):
+    if is_one(x_scale):
         return "tensor"
     return "token" if tuple(x_scale.shape) == (shape[0], 1) else "group"
 
 
-def _is_one(scales: Tensor) -> bool:
-    return tuple(scales.shape) in ((), (1,), (1, 1))
-
-
 def _is_aligned(rows: Tensor) -> bool:
-    # Of a 16-bit x the codes count, whether they are made in the loop or written out.
-    return rows.stride(0) % 16 == 0 and rows.storage_offset() % 16 == 0
-
-
-def _groups(size: int, group: int = GROUP) -> int:
-    return -(-size // group)
+    # The width counts too: a mask that ends within 16 bytes splits them.
+    return all(n % 16 == 0 for n in (rows.shape[1], rows.stride(0), rows.storage_offset()))
 
 
 def _strides(scales: Tensor | None) -> tuple[int, int]:
@@ -697,19 +516,9 @@ def _check(
             raise ValueError("x is float8_e4m3fn without x_scale; its codes mean nothing alone")
         return
     check_dtype("x_scale", x_scale, (torch.float32,))
-    tokens, groups = (x.shape[0], 1), (x.shape[0], _groups(x.shape[1]))
-    if not _is_one(x_scale) and tuple(x_scale.shape) not in (tokens, groups):
+    tokens, groups = (x.shape[0], 1), (x.shape[0], num_groups(x.shape[1]))
+    if not is_one(x_scale) and tuple(x_scale.shape) not in (tokens, groups):
         raise ValueError(
             f"x_scale has shape {list(x_scale.shape)}; x {list(x.shape)} takes [1], {list(tokens)} "
             f"or, for groups of 128 columns, {list(groups)}"
-        )
-
-
-def _check_config(config: Fp8Config, grouped: bool) -> None:
-    if config.block_k % GROUP != 0:
-        raise ValueError(f"block_k is {config.block_k}; it must be a multiple of {GROUP}")
-    if grouped and (config.block_k != GROUP or GROUP % config.block_n != 0):
-        raise ValueError(
-            f"block_n is {config.block_n} and block_k {config.block_k}; with scales by 128 columns "
-            "block_k must be 128 and block_n divide 128"
         )
