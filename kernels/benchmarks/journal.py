@@ -25,11 +25,14 @@ class Journal:
 
     @classmethod
     def read(cls, path: Path) -> Journal:
-        """Read a file that need not exist yet, and whose last line may be cut off."""
+        """Read a file that need not exist yet, and some lines of which may be cut off."""
         journal = cls(path)
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        for line in text.split("\n")[:-1]:
-            event = json.loads(line)
+        for line in text.splitlines():
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut off by a crash, or just being written
             match event["event"]:
                 case "start":
                     journal.environment = Environment(**event["environment"])
@@ -94,5 +97,10 @@ class Journal:
         return row_without_time(benchmark, name, status, reason, self.environment)
 
     def _append(self, event: str, **data: object) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **data}) + "\n")
+        with self.path.open("ab+") as file:
+            file.seek(0, 2)
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps({"event": event, **data}).encode() + b"\n")

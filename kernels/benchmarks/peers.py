@@ -139,12 +139,17 @@ def tinygemm(x: Tensor, codes: Tensor, scales: Tensor, zero_points: Tensor | Non
 
 
 def scaled_mm(
-    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, out_dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    out_dtype: torch.dtype,
+    fast: bool = False,
 ) -> Prepared:
     """``torch._scaled_mm`` of fp8 ``x (tokens, in)`` and ``weight (out, in)``.
 
     Scales as of ``linear_fp8``; one a tensor, one a token and channel, or in blocks, which are
-    brought into the strides that cuBLAS wants.
+    brought into the strides that cuBLAS wants. ``fast`` leaves sums in the matrix unit's precision.
     """
     per_tensor, per_token = weight_scale.numel() == 1, x_scale.shape[-1:] == (1,)
     if per_tensor:
@@ -153,7 +158,6 @@ def scaled_mm(
         scale_a, scale_b = x_scale.contiguous(), weight_scale.reshape(1, -1).contiguous()
     else:
         scale_a, scale_b = x_scale.t().contiguous().t(), weight_scale.contiguous().t()
-    fast = per_tensor or per_token  # sums of blocks are scaled one by one, in float32
     return Prepared(
         lambda: torch._scaled_mm(
             x, weight.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype,

@@ -107,7 +107,8 @@ def this_environment(device: torch.device, commit: str | None = None) -> Environ
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     here = Path(__file__).parent
-    changed = _output(["git", "-C", str(here), "status", "--porcelain", "--", ".."])
+    status = ["git", "-C", str(here), "status", "--porcelain", "--", "..", ":(exclude)results"]
+    changed = _output(status)
     head = _output(["git", "-C", str(here), "rev-parse", "--short", "HEAD"])
     return Environment(
         device=name,

@@ -6,7 +6,7 @@ from support.kernels_benchmarks import FakeTimer, bench
 
 from benchmarks import suite
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.measuring import measure
+from benchmarks.measuring import measure, relative_error
 from benchmarks.tune import tunings
 
 
@@ -41,6 +41,17 @@ def test_tunable_problems_have_candidates(operation):
     for problem in tunings(suite.benchmarks([operation], "real")):
         assert problem.peers and problem.tunable is not None
         assert str(problem.tunable.shipped) not in problem.peers
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs kernels in the interpreter")
+def test_a_configuration_reaches_the_kernel(operation):
+    for problem in suite.benchmarks([operation], "tiny"):
+        if problem.tunable is None:
+            continue
+        inputs = problem.build(torch.device("cpu"), 0)
+        output = problem.tunable.make(inputs, problem.tunable.shipped).call()
+        error = relative_error(problem.part(output), problem.expected(inputs))
+        assert error <= problem.tolerance, (problem.key, error)
 
 
 def test_ceilings_are_measured_by_the_same_timer():

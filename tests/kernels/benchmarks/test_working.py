@@ -56,6 +56,9 @@ def test_a_second_process_goes_on_behind_what_the_first_began(tmp_path):
         file.write('{"event": "row", "ro')  # cut off by the crash
     second = Journal.read(path)
     assert second.began == ["op/crashed"] and second.rows == []
+    work([double("crashed"), double()], bench(), second, 100.0, lambda: 0.0, lambda _: None)
+    third = Journal.read(path)
+    assert third.began == ["op/crashed", "op/double"] and third.rows == second.rows != []
 
 
 def test_what_broke_gets_its_missing_rows(tmp_path):
