@@ -29,9 +29,10 @@ from llmopt_kernels.launching import (
     runs_kernel,
 )
 from llmopt_kernels.paged_kv import PagedKV, check_cache
+from llmopt_kernels.quantize_rows import largest_magnitude
 from llmopt_kernels.rope import rope_reference
 from llmopt_kernels.rounding import quantize, row_scale, row_scale_from
-from llmopt_kernels.row_output import HALF_DTYPES, encode, larger, largest_in_row
+from llmopt_kernels.row_output import HALF_DTYPES, encode, larger
 from llmopt_kernels.triton_or_stub import tl, triton
 
 HEADS_PER_PROGRAM = 8
@@ -141,12 +142,12 @@ def _write_heads(
         j = tl.arange(0, BLOCK_HALF)[None, :]
         pair_mask = mask[:, None] & (j < HALF)
         first, second = _rotated(x_ptrs[:, None] + j, cos, sin, pair_mask, HALF)
-        largest = larger(largest_in_row(first), largest_in_row(second))
+        largest = larger(largest_magnitude(first, 1), largest_magnitude(second, 1))
     if HEAD_DIM > 2 * HALF:
         rest_j = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
         rest_mask = mask[:, None] & (rest_j < HEAD_DIM)
         rest = tl.load(x_ptrs[:, None] + rest_j, mask=rest_mask, other=0.0).to(tl.float32)
-        largest = larger(largest, largest_in_row(rest))
+        largest = larger(largest, largest_magnitude(rest, 1))
     if KIND == "int8":
         scale = row_scale_from(largest, 127.0)
         tl.store(scale_ptrs, scale, mask=mask)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from llmopt_kernels.launching import check_dtype
-from llmopt_kernels.rounding import MAX, quantize, quantize_fp8, quantize_int8, row_scale
+from llmopt_kernels.rounding import (
+    MAX,
+    quantize,
+    quantize_fp8,
+    quantize_int8,
+    row_scale,
+    row_scale_from,
+)
 from llmopt_kernels.triton_or_stub import tl, triton
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -34,13 +41,12 @@ def larger(a, b):
 
 
 @triton.jit
-def largest_in_row(x):
-    """``max(|x|)`` of float32 ``(rows, columns)`` by row; NaN where there is one.
-
-    ``tl.max`` would skip a NaN. Magnitudes order as their bits do, NaN above infinity.
-    """
-    bits = tl.abs(x).to(tl.int32, bitcast=True)
-    return tl.max(bits, 1).to(tl.float32, bitcast=True)
+def dynamic_scale(largest, ELEMENT: tl.constexpr):
+    """The scale of a row of int8 or fp8 from its largest magnitude."""
+    if tl.int8 == ELEMENT:
+        return row_scale_from(largest, 127.0)
+    else:
+        return row_scale_from(largest, 448.0)
 
 
 def check_output(dtype: torch.dtype, scale: Tensor | None) -> None:
@@ -69,6 +75,13 @@ def new_output(
     if dtype in MAX and scale is None:
         scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=like.device)
     return out, scale
+
+
+def scaling(dtype: torch.dtype, scale: Tensor | None) -> str:
+    """How a kernel scales rows of ``dtype``: "none" in 16 bit, "static" by a scale, "dynamic"."""
+    if dtype not in MAX:
+        return "none"
+    return "dynamic" if scale is None else "static"
 
 
 def rows_reference(
