@@ -1,19 +1,25 @@
 """llmopt.load: a checkpoint that stays packed and means what its dequantized weights mean."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.packed_weights import random_weight
 from support.tiny_models import build_model, gemma3_config, llama_biased_config, qwen2_config
+from support.triton_interpreter import install
 
 from llmopt.errors import BadInputError
 from llmopt.formats.compressed_tensors import CompressedTensors
 from llmopt.loading import load
 from llmopt.quantization.rtn import rtn
 from llmopt.quantization.scheme import Scheme
-from llmopt.quantized_linear import QuantizedLinear
+from llmopt.quantized_linear import QuantizedLinear, kernel_refusals, layout_for
+from llmopt_kernels import launching
+from llmopt_kernels.cpu_int4 import CpuInt4Weight
+from llmopt_kernels.gpu_weight import GpuWeight
 from llmopt_kernels.packed_weight import PackedWeight
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -185,7 +191,7 @@ def test_another_device_takes_the_plain_layout(monkeypatch):
         original(self, weight)
 
     monkeypatch.setattr(QuantizedLinear, "_hold", hold)
-    monkeypatch.setattr("llmopt.quantized_linear._kernel_device", lambda device: False)
+    monkeypatch.setattr("llmopt.quantized_linear._KERNEL_LAYOUTS", {})
     linear.to("cpu")
     assert converted == [PackedWeight]
     assert isinstance(linear.weight, PackedWeight)
@@ -195,3 +201,99 @@ def test_another_device_takes_the_plain_layout(monkeypatch):
     monkeypatch.undo()
     linear.to("cpu")
     assert "int4 kernel" in linear.path
+
+
+@pytest.mark.parametrize(
+    ("weight", "on_cpu", "on_gpu"),
+    [
+        (random_weight(16, 64, 1)[1], CpuInt4Weight, GpuWeight),
+        (random_weight(16, 64, 1, bits=8)[1], PackedWeight, GpuWeight),
+        (random_weight(16, 64, 2, indexed=True)[1], PackedWeight, GpuWeight),
+        (random_weight(16, 64, 1, bits=3)[1], PackedWeight, PackedWeight),
+        (random_weight(16, 80, 1)[1], PackedWeight, PackedWeight),
+    ],
+)
+def test_the_layout_follows_the_device(weight, on_cpu, on_gpu):
+    refusals = kernel_refusals(weight)
+    assert layout_for("cpu", refusals) is on_cpu
+    assert layout_for("cuda", refusals) is on_gpu
+    assert layout_for("xpu", refusals) is PackedWeight
+
+
+def test_without_triton_a_gpu_takes_the_plain_layout(monkeypatch):
+    monkeypatch.setattr("llmopt.quantized_linear.find_spec", lambda name: None)
+    refusals = kernel_refusals(random_weight(16, 64, 1)[1])
+    assert layout_for("cuda", refusals) is PackedWeight
+    assert refusals[GpuWeight] == "anything: triton is not installed"
+
+
+def as_if_on_a_gpu(monkeypatch):
+    """Let modules on the CPU take the GPU's layout and run its kernel, in the interpreter."""
+    monkeypatch.setattr("llmopt.quantized_linear._KERNEL_LAYOUTS", {"cpu": GpuWeight})
+    monkeypatch.setattr("llmopt_kernels.linear_w4a16.runs_kernel", lambda tensor: True)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_layer_goes_to_the_gpu_layout_and_back(monkeypatch, symmetric, indexed):
+    scheme = Scheme(bits=4, group_size=32, symmetric=symmetric)
+    tensor, linear = linear_of(scheme)
+    if indexed:
+        index = torch.arange(64, dtype=torch.int32) * 7 % 64 // 32
+        tensor = replace(tensor, group_index=index)
+        linear = QuantizedLinear(tensor, None, torch.float32)
+    with monkeypatch.context() as patched:
+        as_if_on_a_gpu(patched)
+        linear.to("cpu")
+        assert isinstance(linear.weight, GpuWeight) and "Triton kernel" in linear.path
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    expected = x @ tensor.dequantize().T
+    torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-4)
+    linear.to("cpu")
+    assert isinstance(linear.weight, PackedWeight if indexed else CpuInt4Weight)
+    assert linear.column_order is None
+    torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter serves where no GPU does")
+def test_a_model_runs_through_the_triton_kernel(tmp_path, monkeypatch):
+    install()
+    schemes = {**dict.fromkeys(["q_proj", "gate_proj", "down_proj"], W4), "o_proj": Scheme(8, None)}
+    write_quantized(
+        tmp_path,
+        llama_biased_config(
+            **{
+                **WIDE,
+                "num_hidden_layers": 1,
+            }
+        ),
+        lambda module: schemes.get(module.rpartition(".")[2]),
+        dtype=torch.float16,
+    )
+    model = load(tmp_path)
+    expected = logits(model, TOKENS)
+    as_if_on_a_gpu(monkeypatch)
+    model.to("cpu")
+    kinds = [type(m.weight) for m in model.modules() if isinstance(m, QuantizedLinear)]
+    assert kinds == [GpuWeight] * 4
+    launched = []
+
+    def launch(*arguments, **options):
+        launched.append(arguments[0])
+        launching.launch(*arguments, **options)
+
+    monkeypatch.setattr("llmopt_kernels.linear_w4a16.launch", launch)
+    torch.testing.assert_close(logits(model, TOKENS), expected, atol=2e-2, rtol=2e-2)
+    assert len(launched) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a model on a GPU needs one")
+def test_a_model_on_a_gpu_takes_the_kernel(tmp_path):
+    write_quantized(tmp_path, llama_biased_config(**WIDE), lambda _: W4, dtype=torch.bfloat16)
+    expected = logits(load(tmp_path), TOKENS)
+    model = load(tmp_path, device="cuda")
+    assert {type(m.weight) for m in model.modules() if isinstance(m, QuantizedLinear)} == {
+        GpuWeight
+    }
+    found = logits(model, TOKENS.cuda()).cpu()
+    assert (found - expected).norm() < 0.03 * expected.norm()

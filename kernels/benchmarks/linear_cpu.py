@@ -23,7 +23,7 @@ from typing import TypedDict
 
 import torch
 
-from llmopt_kernels import linear_w4a16 as launcher
+from llmopt_kernels import linear_w4a16_on_cpu as launcher
 from llmopt_kernels.cpu_int4 import CpuInt4Weight, matmul_dequantized, matmul_kernel, to_cpu_int4
 from llmopt_kernels.packed_weight import PackedWeight, pack_codes
 
