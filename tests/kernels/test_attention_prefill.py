@@ -1,6 +1,7 @@
 """attention_prefill against its float64 reference, and that against torch's own attention."""
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -237,7 +238,8 @@ def test_nothing_to_do(device):
 
 def test_the_order_of_programs_is_a_permutation(device, monkeypatch):
     # So little L2 that heads go in several rounds.
-    monkeypatch.setattr("llmopt_kernels.attention_prefill.L2_BYTES", 1)
+    module = import_module("llmopt_kernels.attention_prefill")
+    monkeypatch.setattr(module, "L2_BYTES", 1)
     check(packed(device, [(35, 35), (17, 17)], (4, 2)))
 
 
