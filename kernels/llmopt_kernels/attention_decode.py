@@ -393,7 +393,12 @@ _SHIPPED: dict[Kind, dict[int, tuple[int, int, int]]] = {
 
 def shipped_config(kind: Kind, head_dim: int, page_size: int, block_m: int) -> DecodeConfig:
     """The configuration for a kind of cache, by shape alone."""
-    block_n, num_warps, num_stages = _SHIPPED[kind].get(head_dim, (64, 4, 3))
+    if block_m == 16:
+        block_n, num_warps, num_stages = _SHIPPED[kind].get(head_dim, (64, 4, 3))
+    elif kind == "16-bit" and head_dim <= 128:
+        block_n, num_warps, num_stages = 64, 8, 3
+    else:
+        block_n, num_warps, num_stages = 32, 4, 3
     if kind == "int4":  # within a page: its keys have one row of scales
         block_n = min(block_n, page_size)
     return DecodeConfig(block_n, num_warps, num_stages)
@@ -542,9 +547,9 @@ def _num_splits(problem: DecodeProblem, num_tokens: int) -> int:
 
 
 def _block_m(problem: DecodeProblem) -> int:
-    """Rows a program: as many as there are, from what a matrix unit takes up to 64."""
+    """Rows a program: as many as there are, within what a matrix unit takes and registers hold."""
     rows = int(triton.next_power_of_2(problem.num_queries * problem.group))
-    return min(64, max(16, rows))
+    return min(64 if problem.q.shape[2] <= 128 else 32, max(16, rows))
 
 
 def _column_ranges(kind: Kind, head_dim: int) -> tuple[int, int, int]:

@@ -64,7 +64,13 @@ def cases() -> Iterator[Case]:
         name = f"attention_decode {kind} 128"
         tree = {"num_queries": 64, "tree": True}
         yield Case(f"{name} tree of 64", launcher(kind, 128, **tree), True, archs=archs)
-        yield Case(f"{name} pages of 16", launcher(kind, 128, page_size=16), True, archs=archs)
+        if kind in ("16-bit", "int4"):
+            yield Case(f"{name} pages of 16", launcher(kind, 128, page_size=16), True, archs=archs)
+        for head_dim in HEAD_DIMS:
+            for num_queries in (8, 16):
+                title = f"attention_decode {kind} {head_dim} tree of {num_queries}"
+                rows = launcher(kind, head_dim, num_queries=num_queries, tree=True)
+                yield Case(title, rows, True, False, archs)
         for config in candidate_configs(kind, 128, PAGE_SIZE, 16):
             title = f"{name} {config.block_n}x{config.num_warps}x{config.num_stages}"
             yield Case(title, launcher(kind, 128, config=config), True, False, archs)
