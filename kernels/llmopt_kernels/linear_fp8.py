@@ -221,6 +221,7 @@ def _linear_fp8_kernel(
     W_SCALE: tl.constexpr,  # "tensor", "channel", "block"
     QUANTIZE: tl.constexpr,  # x is in 16 bits
     SWAP: tl.constexpr,
+    TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     FAST: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -239,8 +240,9 @@ def _linear_fp8_kernel(
     # Rows past the end are the last one again: a load without a mask, of what is not stored.
     row = tl.minimum(m, num_tokens - 1).to(tl.int64)
     channel = tl.minimum(n, out_features - 1).to(tl.int64)
-    x_ptrs = x_ptr + row[:, None] * stride_x + (start + k)[None, :]
-    w_ptrs = w_ptr + channel[:, None] * stride_w + (start + k)[None, :]
+    if not TMA:
+        x_ptrs = x_ptr + row[:, None] * stride_x + (start + k)[None, :]
+        w_ptrs = w_ptr + channel[:, None] * stride_w + (start + k)[None, :]
     GROUPED: tl.constexpr = X_SCALE == "group" or X_SCALE == "dynamic group" or W_SCALE == "block"
     if QUANTIZE:
         if X_SCALE == "tensor":
@@ -252,14 +254,18 @@ def _linear_fp8_kernel(
     else:
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for column in range(start, end, BLOCK_K):
-        if EVEN_K:
+        if TMA:  # x_ptr and w_ptr are descriptors; what lies outside of them reads as zero
+            x = x_ptr.load([tile_m * BLOCK_M, column])
+            w = w_ptr.load([tile_n * BLOCK_N, column])
+        elif EVEN_K:
             x = tl.load(x_ptrs)
             w = tl.load(w_ptrs)
         else:
             x = tl.load(x_ptrs, mask=(k < end - column)[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=(k < end - column)[None, :], other=0.0)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
+        if not TMA:
+            x_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K
         if X_SCALE == "group":
             group = column // BLOCK_K
             x_scale = tl.load(x_scale_ptr + row * stride_x_scale + group * stride_x_scale_group)
@@ -403,8 +409,8 @@ def launch_linear_fp8(
     launch(
         _linear_fp8_kernel,
         (tiles, splits),
-        x,
-        weight.codes,
+        _described(x, config.block_m, config) if config.tma else x,
+        _described(weight.codes, config.block_n, config) if config.tma else weight.codes,
         bias,
         y,
         x_scale,
@@ -423,6 +429,7 @@ def launch_linear_fp8(
         W_SCALE=w_kind,
         QUANTIZE=x.dtype != FP8,
         SWAP=config.swap,
+        TMA=config.tma,
         EVEN_K=in_features % config.block_k == 0,
         FAST=fast_accumulation,
         SPLITS=splits,
@@ -489,6 +496,19 @@ def _x_kind(x_scale: Tensor | None, shape: torch.Size, *, dynamic_group: bool) -
 def _is_aligned(rows: Tensor) -> bool:
     # The width counts too: a mask that ends within 16 bytes splits them.
     return all(n % 16 == 0 for n in (rows.shape[1], rows.stride(0), rows.storage_offset()))
+
+
+def _described(rows: Tensor, block: int, config: Fp8Config) -> object:
+    """The descriptor from which tiles ``(block, block_k)`` of a tensor are copied."""
+    from triton.tools.tensor_descriptor import TensorDescriptor  # absent where triton is
+
+    if rows.stride(0) * rows.element_size() % 16 != 0 or rows.data_ptr() % 16 != 0:
+        raise ValueError(
+            f"tma needs rows that begin at multiples of 16 bytes; the stride is {rows.stride(0)} "
+            f"elements of {rows.element_size()} bytes"
+        )
+    tile = [block, config.block_k]
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), tile)
 
 
 def _strides(scales: Tensor | None) -> tuple[int, int]:

@@ -24,6 +24,8 @@ class Fp8Config:
         group_m: rows of tiles that are walked together.
         quantize_in_loop: 16-bit x is quantized where it is multiplied, again for each tile of
             channels; else once, by ``quantize_rows``.
+        tma: tiles are copied by Hopper's tensor memory accelerator, which takes their addresses
+            off the threads; rows must begin at multiples of 16 bytes.
     """
 
     block_m: int
@@ -35,6 +37,7 @@ class Fp8Config:
     splits: int = 1
     group_m: int = 8
     quantize_in_loop: bool = False
+    tma: bool = False
 
 
 NUM_SMS = 132
@@ -105,6 +108,7 @@ def candidate_configs(
             replace(shipped, num_stages=4),
             replace(shipped, swap=False),
             replace(shipped, quantize_in_loop=not shipped.quantize_in_loop),
+            replace(shipped, tma=True),
         ]
         if not grouped:
             others.append(replace(shipped, block_k=256, num_stages=4))
@@ -121,9 +125,12 @@ def candidate_configs(
             replace(large, num_stages=3),
             replace(large, num_stages=5),
             replace(large, group_m=16),
+            replace(small, tma=True),
+            replace(large, tma=True),
         ]
         if fast and not grouped:
-            others += [replace(large, block_n=256), replace(large, block_n=256, num_stages=3)]
+            wide = replace(large, block_n=256)
+            others += [wide, replace(wide, num_stages=3), replace(wide, tma=True)]
     return list(dict.fromkeys([shipped, *others]))
 
 

@@ -109,6 +109,30 @@ def test_however_the_product_is_cut_up(columns, granularity, swap, splits, devic
         assert_close(found, expected, torch.float32)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("granularity", ["channel", "block"])
+def test_tiles_copied_by_descriptors(granularity, swap, splits, device):
+    wide = poisoned(17, 272, dtype=torch.bfloat16, device=device)
+    wide[:, :257] = activations(17, 257, torch.bfloat16, device)
+    x = wide[:, :257]
+    codes = torch.full((35, 272), 0x7F, dtype=torch.uint8, device=device).view(FP8)  # NaN
+    weight = fp8_weight(35, 257, granularity, device)
+    codes[:, :257] = weight.codes
+    weight = Fp8Weight(codes[:, :257], weight.scales)
+    config = Fp8Config(16, 32, 128, 4, 3, swap, splits, quantize_in_loop=True, tma=True)
+    found = launch_linear_fp8(x, weight, out_dtype=torch.float32, config=config)
+    assert_close(found, linear_fp8_reference(x, weight), torch.float32)
+
+
+def test_descriptors_need_rows_of_whole_sixteens_of_bytes(device):
+    x = activations(3, 64, torch.bfloat16, device).contiguous()
+    weight = fp8_weight(24, 64, "channel", device)
+    config = Fp8Config(16, 32, 128, num_warps=4, num_stages=2, tma=True)
+    with pytest.raises(ValueError, match="tma needs rows .* the stride is 69 elements of 1 bytes"):
+        launch_linear_fp8(x, weight, config=config)
+
+
 @pytest.mark.parametrize("group_m", [1, 2, 3, 8])
 def test_every_tile_is_computed_once(group_m, device):
     x = activations(70, 64, torch.bfloat16, device)

@@ -80,6 +80,7 @@ def _text(config: Fp8Config) -> str:
         for word, there in (
             ("swap", config.swap),
             ("loop", config.quantize_in_loop),
+            ("tma", config.tma),
             (f"split{config.splits}", config.splits > 1),
         )
         if there
