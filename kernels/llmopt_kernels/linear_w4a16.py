@@ -240,8 +240,8 @@ class LinearConfig:
     num_stages: int
 
 
-WARPS = 132 * 8
-"""Enough for each of the 132 multiprocessors of an H100 or H200 to hide the latency of memory."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200; columns are split where the rows alone give fewer programs than it holds."""
 
 MAX_SPLITS = 16
 BLOCKS_OUT = (64, 128)
@@ -258,13 +258,14 @@ def shipped_config(batch: int, out_features: int, num_chunks: int) -> LinearConf
     for ``x`` from the second-level cache.
     """
     if batch <= 16:
-        block_batch, block_out, num_warps, num_stages = 16, 64, 2, 3
+        tile, resident = (16, 64, 2, 3), 6
     elif batch <= 32:
-        block_batch, block_out, num_warps, num_stages = 32, 128, 4, 3
+        tile, resident = (32, 128, 4, 3), 2
     else:
-        block_batch, block_out, num_warps, num_stages = 64, 128, 8, 2
+        tile, resident = (64, 128, 8, 2), 1
+    block_batch, block_out, num_warps, num_stages = tile
     tiles = triton.cdiv(batch, block_batch) * triton.cdiv(out_features, block_out)
-    splits = min(WARPS // num_warps // tiles, num_chunks // 2, MAX_SPLITS)
+    splits = min(MULTIPROCESSORS * resident // tiles, num_chunks // 2, MAX_SPLITS)
     return LinearConfig(block_batch, block_out, max(1, splits), num_warps, num_stages)
 
 
@@ -276,7 +277,7 @@ def candidate_configs(batch: int, out_features: int, num_chunks: int) -> list[Li
         32: [(32, 64, 2, 3), (32, 64, 4, 3), (32, 128, 4, 2), (32, 128, 4, 3), (32, 128, 8, 3)],
         64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3)],
     }[shipped.block_batch]
-    splits = {max(1, shipped.splits // 2), shipped.splits, min(MAX_SPLITS, 2 * shipped.splits)}
+    splits = {1, max(1, shipped.splits // 2), shipped.splits, min(MAX_SPLITS, 2 * shipped.splits)}
     others = [
         LinearConfig(block_batch, block_out, split, num_warps, num_stages)
         for block_batch, block_out, num_warps, num_stages in tiles

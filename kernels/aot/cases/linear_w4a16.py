@@ -52,11 +52,14 @@ def cases() -> Iterator[Case]:
         shipped = (batch, bits, asymmetric, group_size, dtype) in SHIPPED
         yield Case(name, call, tensor_cores=True, shipped=shipped)
         if shipped:
-            _, *others = candidate_configs(batch, OUT, weight.packed.shape[0])
-            for config in others:
-                tiles = f"{config.block_batch}x{config.block_out} {config.num_warps} warps"
+            # Splits are an argument of the kernel: a tile's first candidate stands for the others.
+            of_tile = {
+                (c.block_batch, c.block_out, c.num_warps, c.num_stages): c
+                for c in reversed(candidate_configs(batch, OUT, weight.packed.shape[0]))
+            }
+            for tile, config in of_tile.items():
                 yield Case(
-                    f"{name} {tiles} {config.num_stages} stages {config.splits} splits",
+                    f"{name} {tile}",
                     partial(call, config=config),
                     tensor_cores=True,
                     shipped=False,
