@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parents[1]
-if str(KERNELS) not in sys.path:
-    sys.path.insert(0, str(KERNELS))
-if __name__ == "__main__":  # read when triton is imported
-    os.environ.pop("TRITON_INTERPRET", None)
+if __name__ == "__main__":
+    sys.path[0] = str(KERNELS)  # not this file's folder: no module there stands in for another
+    os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
 
 import torch  # noqa: E402
 
