@@ -180,16 +180,17 @@ def _finish(
     W_SCALE: tl.constexpr,
 ):
     """Apply the scales that are constant along the sum, add the bias, store ``(M, N)``."""
-    if X_SCALE == "tensor":
-        sums *= tl.load(x_scale_ptr)
-    elif X_SCALE == "token":
-        scale = tl.load(x_scale_ptr + m.to(tl.int64) * stride_x_scale, m < num_tokens, other=0.0)
-        sums *= scale[:, None]
+    # The weight's first: a large activation overflows no sooner than the output.
     if W_SCALE == "tensor":
         sums *= tl.load(w_scale_ptr)
     elif W_SCALE == "channel":
         scale = tl.load(w_scale_ptr + n * stride_w_scale, n < out_features, other=0.0)
         sums *= scale[None, :]
+    if X_SCALE == "tensor":
+        sums *= tl.load(x_scale_ptr)
+    elif X_SCALE == "token":
+        scale = tl.load(x_scale_ptr + m.to(tl.int64) * stride_x_scale, m < num_tokens, other=0.0)
+        sums *= scale[:, None]
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + n, n < out_features, other=0.0).to(tl.float32)[None, :]
     mask = (m < num_tokens)[:, None] & (n < out_features)[None, :]
@@ -278,13 +279,13 @@ def _linear_fp8_kernel(
         if GROUPED:
             # BLOCK_K is the group, and BLOCK_N divides a block: one scale of W for the tile.
             product = tl.dot(w, tl.trans(x)) if SWAP else tl.dot(x, tl.trans(w))
-            if X_SCALE == "group" or X_SCALE == "dynamic group":
-                scale = tl.trans(x_scale) if SWAP else x_scale
-                product *= scale
+            scale = 1.0
             if W_SCALE == "block":
                 block = tile_n * BLOCK_N // BLOCK_K * stride_w_scale
-                product *= tl.load(w_scale_ptr + block + column // BLOCK_K * stride_w_scale_group)
-            sums += product
+                scale = tl.load(w_scale_ptr + block + column // BLOCK_K * stride_w_scale_group)
+            if X_SCALE == "group" or X_SCALE == "dynamic group":
+                scale = (tl.trans(x_scale) if SWAP else x_scale) * scale
+            sums += product * scale
         elif SWAP:
             if FAST:
                 sums = tl.dot(w, tl.trans(x), sums)
