@@ -35,9 +35,11 @@ def load(
     Args:
         directory: what ``llmopt quantize`` wrote, or another weight-only ``pack-quantized``
             compressed-tensors checkpoint.
-        device: where the model lives.
+        device: where the model lives. On a GPU its 4- and 8-bit layers take the layout of the
+            Triton kernel as they arrive there.
         dtype: of activations and of what is not quantized; ``None`` is the checkpoint's own. On a
-            CPU bfloat16 is the fast one: torch's int4 kernel is slow for the others.
+            CPU bfloat16 is the fast one: torch's int4 kernel is slow for the others. On a GPU the
+            Triton kernel takes bfloat16 and float16.
 
     Raises:
         BadInputError: not such a checkpoint, a damaged one, or a dtype that is not served.

@@ -289,12 +289,31 @@ def test_what_does_not_fit_the_kernel_is_refused(changes, words):
         launch_linear_w4a16(**given)
 
 
-def test_a_layout_of_other_strides_is_refused():
-    _, weight = random_weight(20, 64, 1)
-    laid_out = to_gpu_weight(weight)
-    strided = replace(laid_out, scales=laid_out.scales.repeat(1, 2)[:, ::2])
-    with pytest.raises(ValueError, match=r"scales has strides .*; it must be contiguous"):
-        launch_linear_w4a16(torch.zeros(3, 64).half(), strided)
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        (
+            "scales",
+            lambda t: t.repeat(1, 2)[:, ::2],
+            r"scales has strides .*; it must be contiguous",
+        ),
+        ("scales", lambda t: t[:, :64], r"scales has shape \[2, 64\]; expected \[\*, 128\]"),
+        ("packed", lambda t: t.view(torch.float32), "packed is float32; use int32"),
+        ("packed", lambda t: t[:, :64], "packed has 64 rows for 20 of the weight"),
+        ("packed", lambda t: t.repeat(2, 1, 1), r"packed has shape \[2, 128, 32\]; expected \[1,"),
+        (
+            "zero_points",
+            lambda t: t.repeat(2, 1),
+            r"zero_points has shape \[2, 128\]; expected \[1,",
+        ),
+        ("zero_points", lambda t: t.view(torch.uint8), "zero_points is uint8; use int32"),
+    ],
+)
+def test_a_damaged_layout_is_refused(part, change, words):
+    laid_out = to_gpu_weight(random_weight(20, 128, 2, asymmetric=True)[1])
+    damaged = replace(laid_out, **{part: change(getattr(laid_out, part))})
+    with pytest.raises(ValueError, match=words):
+        launch_linear_w4a16(torch.zeros(3, 128).half(), damaged)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="real shapes need a GPU")
