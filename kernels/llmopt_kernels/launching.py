@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,12 +22,18 @@ def runs_kernel(tensor: Tensor) -> bool:
 
 
 def launch(kernel: Any, grid: Grid, *arguments: object, **options: object) -> None:
-    """Launch ``kernel[grid](*arguments, **options)``; inside ``compiling`` only compile it."""
+    """Launch ``kernel[grid](*arguments, **options)`` on the device that its tensors are on.
+
+    Inside ``compiling`` the kernel is only compiled.
+    """
     sink = _compiled.get()
-    if sink is None:
-        kernel[grid](*arguments, **options)
-    else:
+    if sink is not None:
         sink.append(kernel.warmup(*arguments, grid=(1,), **options))
+        return
+    device = next(given.device for given in arguments if isinstance(given, Tensor))
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **options)
 
 
 @contextmanager
