@@ -1,6 +1,7 @@
 """attention_prefill against its float64 reference, and that against torch's own attention."""
 
 import math
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -112,8 +113,7 @@ def paged(
     parts = {name: None if x is None else move(x, device) for name, x in cache.tensors().items()}
     lengths_kv = torch.tensor([n for _, n in lengths], dtype=torch.int32, device=device)
     kv = CachedTokens(PagedKV(**parts), table.to(device), lengths_kv)
-    values = {name: getattr(problem, name) for name in PrefillProblem.__slots__}
-    return PrefillProblem(**{**values, "kv": kv})
+    return replace(problem, kv=kv)
 
 
 def move(x, device):
@@ -175,6 +175,16 @@ def test_heads_share_keys(heads, device):
     check(packed(device, [(17, 17), (2, 20)], heads))
 
 
+def test_values_may_have_other_strides_than_keys(device):
+    lengths = [(18, 35)]
+    problem = packed(device, lengths)
+    other = PackedTokens(problem.kv.k, problem.kv.v.contiguous(), problem.kv.cu_seqlens)
+    check(replace(problem, kv=other))
+    problem = paged(device, lengths=lengths)
+    by_head = problem.kv.cache.v.transpose(1, 2).contiguous().transpose(1, 2)
+    check(replace(problem, kv=replace(problem.kv, cache=replace(problem.kv.cache, v=by_head))))
+
+
 def test_large_scores_neither_overflow_nor_cancel(device):
     for softcap in (None, 50.0):
         for scale in (40.0, 1e-4):
@@ -184,10 +194,8 @@ def test_large_scores_neither_overflow_nor_cancel(device):
 def test_a_sink_far_above_the_scores_keeps_the_precision_of_a_small_output(device):
     for dtype in (torch.bfloat16, torch.float16):
         problem = packed(device, [(5, 20)], dtype=dtype)
-        values = {name: getattr(problem, name) for name in PrefillProblem.__slots__}
-        # 8 is about where an output of fp16 becomes subnormal.
-        sinks = torch.tensor([7.0, -1e30], device=device)
-        check(PrefillProblem(**{**values, "sinks": sinks}))
+        # From about 8 on an output of fp16 is subnormal.
+        check(replace(problem, sinks=torch.tensor([7.0, -1e30], device=device)))
 
 
 @pytest.mark.parametrize("kind", ["16-bit", "fp8", "int8", "int4"])
@@ -274,9 +282,7 @@ def test_the_reference_is_torchs_attention(causal):
 
 def test_the_reference_of_a_chunk_is_the_end_of_the_whole():
     whole = packed("cpu", [(30, 30)], window=7, softcap=2.0, sinks=True)
-    values = {name: getattr(whole, name) for name in PrefillProblem.__slots__}
-    values |= {"q": whole.q[20:], "cu_seqlens_q": bounds([10], "cpu"), "max_seqlen_q": 10}
-    chunk = PrefillProblem(**values)
+    chunk = replace(whole, q=whole.q[20:], cu_seqlens_q=bounds([10], "cpu"), max_seqlen_q=10)
     out, lse = attention_prefill_reference(whole)
     out_chunk, lse_chunk = attention_prefill_reference(chunk)
     torch.testing.assert_close(out[20:], out_chunk)
