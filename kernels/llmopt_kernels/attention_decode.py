@@ -35,6 +35,7 @@ from llmopt_kernels.paged_kv_tile import (
     head_scale,
     load_keys,
     load_values,
+    load_values_of_pairs,
     token_scale,
 )
 from llmopt_kernels.triton_or_stub import tl, triton
@@ -219,6 +220,7 @@ def _decode_kernel(
 ):
     # A head is worked on in two column ranges: see ``_column_ranges``.
     WIDTH_1: tl.constexpr = HEAD_DIM - WIDTH_0
+    EIGHT_BIT: tl.constexpr = KIND == "fp8" or KIND == "int8"
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     kv_head = tl.program_id(0) // num_row_blocks
     sequence = tl.program_id(1).to(tl.int64)
@@ -311,16 +313,26 @@ def _decode_kernel(
         denominator = denominator * shrink + tl.sum(p, 1)
         largest = new_largest
 
-        values_0 = load_values(
-            v_ptr, v_scale_ptr, v_min_ptr, page, slot, readable, kv_head, num_kv_heads,
-            stride_v_page, stride_v_token, stride_v_head,
-            DTYPE, KIND, HEAD_DIM, PAGE, 0, WIDTH_0, BLOCK_0,
-        )  # fmt: skip
-        values_1 = load_values(
-            v_ptr, v_scale_ptr, v_min_ptr, page, slot, readable, kv_head, num_kv_heads,
-            stride_v_page, stride_v_token, stride_v_head,
-            DTYPE, KIND, HEAD_DIM, PAGE, WIDTH_0, WIDTH_1, BLOCK_1,
-        )  # fmt: skip
+        if EIGHT_BIT:
+            values_0 = load_values_of_pairs(
+                v_ptr, page, slot, readable, kv_head,
+                stride_v_page, stride_v_token, stride_v_head, DTYPE, KIND, HEAD_DIM, 0, BLOCK_0,
+            )  # fmt: skip
+            values_1 = load_values_of_pairs(
+                v_ptr, page, slot, readable, kv_head,
+                stride_v_page, stride_v_token, stride_v_head, DTYPE, KIND, HEAD_DIM, 1, BLOCK_1,
+            )  # fmt: skip
+        else:
+            values_0 = load_values(
+                v_ptr, v_scale_ptr, v_min_ptr, page, slot, readable, kv_head, num_kv_heads,
+                stride_v_page, stride_v_token, stride_v_head,
+                DTYPE, KIND, HEAD_DIM, PAGE, 0, WIDTH_0, BLOCK_0,
+            )  # fmt: skip
+            values_1 = load_values(
+                v_ptr, v_scale_ptr, v_min_ptr, page, slot, readable, kv_head, num_kv_heads,
+                stride_v_page, stride_v_token, stride_v_head,
+                DTYPE, KIND, HEAD_DIM, PAGE, WIDTH_0, WIDTH_1, BLOCK_1,
+            )  # fmt: skip
         if KIND == "int8":
             by_token = token_scale(v_scale_ptr, page, slot, readable, kv_head, num_kv_heads, PAGE)
             p *= by_token[None, :]
@@ -336,17 +348,15 @@ def _decode_kernel(
     lse = tl.where(denominator > 0.0, largest + tl.log2(safe), -float("inf"))
     tl.store(lse_ptr + at, lse, mask=is_row)
     # An empty part says so by its lse; its output is not written and not read.
-    out_row_ptr = out_ptr + at * HEAD_DIM
-    tl.store(
-        out_row_ptr[:, None] + column_0[None, :],
-        out_0 * factor,
-        mask=seen[:, None] & (column_0 < WIDTH_0)[None, :],
-    )
-    tl.store(
-        out_row_ptr[:, None] + WIDTH_0 + column_1[None, :],
-        out_1 * factor,
-        mask=seen[:, None] & (column_1 < WIDTH_1)[None, :],
-    )
+    out_row_ptr = (out_ptr + at * HEAD_DIM)[:, None]
+    mask_0 = seen[:, None] & (column_0 < WIDTH_0)[None, :]
+    mask_1 = seen[:, None] & (column_1 < WIDTH_1)[None, :]
+    if EIGHT_BIT:  # even and odd channels
+        tl.store(out_row_ptr + 2 * column_0[None, :], out_0 * factor, mask=mask_0)
+        tl.store(out_row_ptr + 2 * column_1[None, :] + 1, out_1 * factor, mask=mask_1)
+    else:
+        tl.store(out_row_ptr + column_0[None, :], out_0 * factor, mask=mask_0)
+        tl.store(out_row_ptr + WIDTH_0 + column_1[None, :], out_1 * factor, mask=mask_1)
 
 
 @triton.jit
@@ -386,7 +396,7 @@ class DecodeConfig:
 _SHIPPED: dict[Kind, dict[int, tuple[int, int, int]]] = {
     "16-bit": {64: (128, 4, 3), 256: (32, 4, 3)},
     "fp8": {64: (128, 4, 3), 128: (128, 4, 3)},
-    "int8": {64: (128, 4, 3), 80: (32, 4, 3), 192: (64, 8, 3), 256: (32, 4, 3)},
+    "int8": {64: (128, 4, 3), 128: (128, 4, 3), 192: (64, 8, 3), 256: (64, 8, 3)},
     "int4": {80: (32, 4, 3), 192: (32, 4, 3), 256: (32, 4, 3)},
 }
 
@@ -555,10 +565,11 @@ def _block_m(problem: DecodeProblem) -> int:
 def _column_ranges(kind: Kind, head_dim: int) -> tuple[int, int, int]:
     """Width of the first of two column ranges, and both padded to powers of two.
 
-    int4 is cut where its nibbles are; else 80, 96 and 192 channels become 64 + 16, 64 + 32 and
-    128 + 64, without padding.
+    int4 is cut where its nibbles are, fp8 and int8 into halves too, whose values are the even and
+    the odd channels; at 16 bit 80, 96 and 192 channels become 64 + 16, 64 + 32 and 128 + 64,
+    without padding.
     """
-    if kind == "int4":
+    if kind != "16-bit":
         half = int(triton.next_power_of_2(head_dim // 2))
         return head_dim // 2, half, half
     first = int(triton.next_power_of_2(head_dim)) // 2

@@ -114,6 +114,9 @@ def _check_store(problem: DecodeProblem, store: CachedTokens, prefix: str) -> No
     check_cache(cache)
     if cache.kind == "16-bit":
         check_dtype(f"{prefix}cache", cache.k, (q.dtype,))
+    steps = (*cache.v.stride()[:3], cache.v.storage_offset())
+    if cache.kind in ("fp8", "int8") and any(step % 2 for step in steps):
+        raise ValueError(f"v has strides and offset {steps}; they must be even, to read by pairs")
     sizes = cache.num_kv_heads, cache.head_dim
     expected = first.num_kv_heads, q.shape[2]
     if sizes != expected:

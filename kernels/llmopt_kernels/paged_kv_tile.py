@@ -192,6 +192,39 @@ def load_values(
 
 
 @triton.jit
+def load_values_of_pairs(
+    v_ptr,
+    page,
+    slot,
+    readable,
+    head,
+    stride_page,
+    stride_token,
+    stride_head,
+    DTYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ODD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Even or odd channels of a tile's fp8 or int8 values: ``(BLOCK_N, BLOCK)`` ``DTYPE``.
+
+    The product needs values transposed, which ``ldmatrix`` does of 16 bits: read two neighbouring
+    channels as one element and split them in registers. By bytes it would take a load a value. The
+    compiler reads once for both halves. Strides must be even; else as ``load_values``.
+    """
+    rows = page * stride_page + slot * stride_token + head * stride_head
+    pair = tl.arange(0, BLOCK)
+    row_ptr = (v_ptr + rows).to(tl.pointer_type(tl.int16), bitcast=True)
+    mask = readable[:, None] & (pair < HEAD_DIM // 2)[None, :]
+    pairs = tl.load(row_ptr[:, None] + pair[None, :], mask=mask, other=0)
+    codes = (pairs >> 8 * ODD).to(tl.int8)
+    if KIND == "fp8":
+        codes = codes.to(tl.float8e4nv, bitcast=True)
+    return codes.to(DTYPE)
+
+
+@triton.jit
 def _nibbles(FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Byte in a row and shift in that byte of ``BLOCK`` channels from ``FIRST`` on."""
     HALF: tl.constexpr = HEAD_DIM // 2

@@ -366,6 +366,15 @@ def test_a_tree_that_does_not_fit_is_refused():
         call(made, num_queries=4, tree_mask=strided)
 
 
+def test_values_that_cannot_be_read_by_pairs_are_refused():
+    made = problem(kind="int8")
+    cache = made.stores[0].cache
+    wider = torch.zeros(*cache.v.shape[:3], 65, dtype=torch.int8)
+    for v in (wider[..., :64], wider.flatten()[1 : 1 + cache.v.numel()].view(cache.v.shape)):
+        with pytest.raises(ValueError, match="they must be even, to read by pairs"):
+            call(made, cache=dataclasses.replace(cache, v=v))
+
+
 def test_num_splits_out_of_range_is_refused(device):
     with pytest.raises(ValueError, match="num_splits is 0; use 1 to 256"):
         launch_attention_decode(problem(device=device), 0)
