@@ -394,7 +394,7 @@ class DecodeConfig:
 # Block of tokens, warps, stages: what keeps about 64 KiB of loads under way on a multiprocessor and
 # every kernel free of spills.
 _SHIPPED: dict[Kind, dict[int, tuple[int, int, int]]] = {
-    "16-bit": {64: (128, 4, 3), 256: (32, 4, 3)},
+    "16-bit": {64: (128, 4, 3), 192: (32, 4, 3), 256: (32, 4, 3)},
     "fp8": {64: (128, 4, 3), 128: (128, 4, 3)},
     "int8": {64: (128, 4, 3), 128: (128, 4, 3), 192: (64, 8, 3), 256: (64, 8, 3)},
     "int4": {80: (32, 4, 3), 192: (32, 4, 3), 256: (32, 4, 3)},
