@@ -437,7 +437,11 @@ class PrefillConfig:
 
 
 def shipped_config(
-    head_dim: int, max_seqlen_q: int, kind: Kind, architecture: int | str
+    head_dim: int,
+    max_seqlen_q: int,
+    kind: Kind,
+    architecture: int | str,
+    window: int | None = None,
 ) -> PrefillConfig:
     """The largest tiles whose registers do not spill.
 
@@ -446,19 +450,23 @@ def shipped_config(
         max_seqlen_q: queries of the longest sequence.
         kind: of the cache; of packed keys 16-bit.
         architecture: compute capability times ten, or the name of an AMD one.
+        window: keys that a query sees.
     """
     block_m, num_warps = (64, 4) if max_seqlen_q <= 64 else (128, 8)
-    plain = kind == "16-bit"
+    plain, narrow = kind == "16-bit", head_dim <= 128
     if isinstance(architecture, str):
-        return PrefillConfig(block_m, 64 if head_dim <= 128 and plain else 32, 4, 1)
+        return PrefillConfig(block_m, 64 if narrow and plain else 32, 4, 1)
     if architecture >= 90:
-        block_n = block_m if plain and head_dim <= 128 else 64
-        return PrefillConfig(block_m, block_n, num_warps, 3 if head_dim < 128 and plain else 2)
-    if head_dim <= 128:
-        block_n = 64 if plain else 32
-        return PrefillConfig(block_m, block_n, num_warps, 3 if head_dim < 128 and plain else 2)
-    if head_dim == 192 and plain:
-        return PrefillConfig(64, 32, 4, 2)
+        if plain and narrow and window is None:
+            return PrefillConfig(block_m, block_m, num_warps, 3 if head_dim < 128 else 2)
+        # Less of a tile lies outside a window if the tile is small.
+        stages = 3 if plain and narrow else 2
+        return PrefillConfig(block_m, 64 if plain or narrow else 32, num_warps, stages)
+    if narrow:
+        stages = 3 if head_dim < 128 and plain else 2
+        return PrefillConfig(block_m, 64 if plain else 32, num_warps, stages)
+    if head_dim == 192:
+        return PrefillConfig(64, 32, 4, 2) if plain else PrefillConfig(128, 16, 8, 2)
     return PrefillConfig(64, 64 if plain else 32, 8, 2)
 
 
@@ -492,7 +500,9 @@ def launch_attention_prefill(
     else:
         cache, table, lengths = p.kv.cache, p.kv.block_table, p.kv.lengths
         mean_length = table.shape[1] * cache.page_size
-    config = config or shipped_config(head_dim, p.max_seqlen_q, p.kind, _architecture(p.q.device))
+    config = config or shipped_config(
+        head_dim, p.max_seqlen_q, p.kind, _architecture(p.q.device), p.window
+    )
     width = head_dim // 2 if p.kind == "int4" else min(128, 2 ** (head_dim.bit_length() - 1))
     factor, cap = p.factor * LOG2_E, None
     if p.softcap is not None:

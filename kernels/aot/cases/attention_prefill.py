@@ -29,6 +29,8 @@ def cases() -> Iterator[Case]:
     yield _case("head 128 chunk of 64", _packed(128, max_seqlen_q=64))
     for head_dim in (64, 128, 256):
         yield _case(f"head {head_dim} paged", _paged("16-bit", head_dim))
+    yield _case("head 128 window sinks", _packed(128, window=4096, sinks=sinks))
+    yield _case("head 256 paged int8", _paged("int8", 256))
     for kind in ("int8", "int4"):
         yield _case(f"head 128 paged {kind}", _paged(kind, 128))
     yield _case("head 128 paged fp8", _paged("fp8", 128), archs=(90,))
