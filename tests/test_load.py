@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -230,7 +231,9 @@ def test_without_triton_a_gpu_takes_the_plain_layout(monkeypatch):
 def as_if_on_a_gpu(monkeypatch):
     """Let modules on the CPU take the GPU's layout and run its kernel, in the interpreter."""
     monkeypatch.setattr("llmopt.quantized_linear._KERNEL_LAYOUTS", {"cpu": GpuWeight})
-    monkeypatch.setattr("llmopt_kernels.linear_w4a16.runs_kernel", lambda tensor: True)
+    monkeypatch.setattr(
+        import_module("llmopt_kernels.linear_w4a16"), "runs_kernel", lambda tensor: True
+    )
 
 
 @pytest.mark.parametrize("indexed", [False, True])
@@ -282,7 +285,7 @@ def test_a_model_runs_through_the_triton_kernel(tmp_path, monkeypatch):
         launched.append(arguments[0])
         launching.launch(*arguments, **options)
 
-    monkeypatch.setattr("llmopt_kernels.linear_w4a16.launch", launch)
+    monkeypatch.setattr(import_module("llmopt_kernels.linear_w4a16"), "launch", launch)
     torch.testing.assert_close(logits(model, TOKENS), expected, atol=2e-2, rtol=2e-2)
     assert len(launched) == 4
 

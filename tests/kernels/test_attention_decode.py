@@ -1,6 +1,7 @@
 """attention_decode against its float64 reference."""
 
 import dataclasses
+import importlib
 import math
 from contextlib import contextmanager
 
@@ -8,8 +9,6 @@ import pytest
 import torch
 from support.comparing import TOLERANCE, relative_error
 
-import llmopt_kernels.attention_decode
-import llmopt_kernels.attention_merge
 from llmopt_kernels.attention_decode import (
     DecodeConfig,
     attention_decode,
@@ -33,7 +32,8 @@ def compiling_nothing():
     """Launchers called inside launch nothing; gives what they would have."""
     launches = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (llmopt_kernels.attention_decode, llmopt_kernels.attention_merge):
+        for name in ("attention_decode", "attention_merge"):
+            module = importlib.import_module(f"llmopt_kernels.{name}")
             patch.setattr(module, "launch", lambda *given, **_: launches.append(given))
         yield launches
 

@@ -1,5 +1,7 @@
 """gptq_columns against the loop in float64, and the solver driven through the kernel."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from support.comparing import poisoned
@@ -214,7 +216,7 @@ def test_the_solver_finds_the_same_through_the_kernel(
     options = GPTQOptions(static_groups=static)
     # Scales in bfloat16 move the largest weight of a symmetric group off the edge of a code.
     expected = gptq(weight, hessian, scheme, options, torch.bfloat16)
-    monkeypatch.setattr("llmopt_kernels.gptq_columns.runs_kernel", lambda _: True)
+    monkeypatch.setattr(import_module("llmopt_kernels.gptq_columns"), "runs_kernel", lambda _: True)
     found = gptq(weight.to(device), hessian.to(device), scheme, options, torch.bfloat16)
     assert torch.equal(found.tensor.codes.cpu(), expected.tensor.codes)
     assert torch.equal(found.tensor.scales.cpu(), expected.tensor.scales)

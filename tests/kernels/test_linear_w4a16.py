@@ -1,6 +1,7 @@
 """linear_w4a16 against its float64 reference, and the layouts against their definitions."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -96,8 +97,10 @@ def test_dequantizing_in_chunks_changes_nothing(monkeypatch):
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
     laid_out = to_cpu_int4(weight, torch.float32)
     whole = matmul_dequantized(x, laid_out, torch.float32), linear_w4a16(x, weight)
-    monkeypatch.setattr("llmopt_kernels.cpu_int4.CHUNK_BYTES", 128 * 4 * 64)
-    monkeypatch.setattr("llmopt_kernels.linear_w4a16_on_cpu.CHUNK_BYTES", 128 * 4 * 7)
+    monkeypatch.setattr(import_module("llmopt_kernels.cpu_int4"), "CHUNK_BYTES", 128 * 4 * 64)
+    monkeypatch.setattr(
+        import_module("llmopt_kernels.linear_w4a16_on_cpu"), "CHUNK_BYTES", 128 * 4 * 7
+    )
     chunked = matmul_dequantized(x, laid_out, torch.float32), linear_w4a16(x, weight)
     for one, other in zip(whole, chunked, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
@@ -251,8 +254,10 @@ def test_a_gpu_layout_goes_through_the_kernel_for_sixteen_bits(monkeypatch, devi
         launched.append(rows.dtype)
         return launch_linear_w4a16(rows, *rest)
 
-    monkeypatch.setattr("llmopt_kernels.linear_w4a16.launch_linear_w4a16", launch)
-    monkeypatch.setattr("llmopt_kernels.linear_w4a16.runs_kernel", lambda tensor: True)
+    monkeypatch.setattr(import_module("llmopt_kernels.linear_w4a16"), "launch_linear_w4a16", launch)
+    monkeypatch.setattr(
+        import_module("llmopt_kernels.linear_w4a16"), "runs_kernel", lambda tensor: True
+    )
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         found = linear_w4a16(x.to(dtype), laid_out)
         assert found.shape == (2, 3, 20) and found.dtype == dtype
@@ -263,7 +268,9 @@ def test_a_gpu_layout_goes_through_the_kernel_for_sixteen_bits(monkeypatch, devi
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_gpu_layout_on_a_cpu_takes_the_dequantized_product(dtype, monkeypatch):
-    monkeypatch.setattr("llmopt_kernels.linear_w4a16_on_cpu.CHUNK_BYTES", 128 * 4 * 7)
+    monkeypatch.setattr(
+        import_module("llmopt_kernels.linear_w4a16_on_cpu"), "CHUNK_BYTES", 128 * 4 * 7
+    )
     _, weight = random_weight(37, 128, 2, asymmetric=True, indexed=True)
     x, bias = problem(3, 37, 128, dtype, "cpu")
     found = linear_w4a16(x, to_gpu_weight(weight), bias)
