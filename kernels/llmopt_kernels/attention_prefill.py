@@ -36,6 +36,8 @@ from llmopt_kernels.prefill_problem import PackedTokens, PrefillProblem, check_p
 from llmopt_kernels.triton_or_stub import tl, triton
 
 LOG2_E = math.log2(math.e)
+SHARED_BYTES = 227 * 2**10
+"""Of a program, at compute capability 9.0."""
 L2_BYTES = 32 * 2**20
 """Keys and values for the programs that run at one time: within the L2 of an A100 or H100."""
 
@@ -471,11 +473,14 @@ def shipped_config(
 
 
 def candidate_configs(head_dim: int) -> list[PrefillConfig]:
-    """What is worth timing on compute capability 9.0."""
-    tiles = [(128, 64, 8), (128, 64, 4), (64, 64, 4)]
-    if head_dim <= 128:
-        tiles += [(128, 128, 8), (64, 128, 4)]
-    return [PrefillConfig(*tile, stages) for tile in tiles for stages in (2, 3, 4)]
+    """What is worth timing on compute capability 9.0: what its shared memory holds."""
+    tiles = [(128, 64, 8), (64, 64, 4), *([(128, 128, 8)] if head_dim <= 128 else [])]
+    return [
+        PrefillConfig(m, n, warps, stages)
+        for m, n, warps in tiles
+        for stages in (2, 3, 4)
+        if 2 * head_dim * (m + 2 * stages * n) <= SHARED_BYTES
+    ]
 
 
 def launch_attention_prefill(
