@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ from llmopt.report.schema import JSON_NAME
 from llmopt.rounded import RoundedSource
 from llmopt.scoring import WalkerScorer
 from llmopt.texts import EvaluationText, prepare_evaluation
-from llmopt_evals.errors import NotFiniteError
+from llmopt_evals.errors import EvaluationError, NotFiniteError
 from llmopt_evals.gate import check_text, run_gate
 from llmopt_evals.scorer import Passage, Scorer, Scores
 from llmopt_evals.units import HeldOutText
@@ -85,6 +86,19 @@ class Comparison:
     is_plain_rounding: bool
     bits: int
     tokenizer: PreTrainedTokenizerBase
+
+
+@contextmanager
+def one_error_family() -> Iterator[None]:
+    """Errors of the evaluation package leave as llmopt's own; decorates what users call.
+
+    Raises:
+        BadInputError: in the place of an ``EvaluationError``.
+    """
+    try:
+        yield
+    except EvaluationError as error:
+        raise BadInputError(error.what, error.remedy) from error
 
 
 def judge(
@@ -150,6 +164,15 @@ def check_gate(gate: GateSection, bits: int, text: HeldOutText) -> None:
     """
     criteria = gate.criteria(bits)
     check_text(text, criteria, gate.cloze, gate.seed)
+    check_tasks(gate)
+
+
+def check_tasks(gate: GateSection) -> None:
+    """Refuse a task that is unknown or cannot be run here.
+
+    Raises:
+        EvaluationError: says which, and the nearest known one.
+    """
     if gate.tasks:
         from llmopt_evals.tasks import find_tasks, own_tasks
 
@@ -192,6 +215,7 @@ def scratch_bytes(text: HeldOutText, gate: GateSection, hidden_size: int) -> int
     return 3 * 2 * tokens * hidden_size * 4
 
 
+@one_error_family()
 def evaluate(
     artifact: Path | str,
     against: Path | str,
@@ -214,7 +238,6 @@ def evaluate(
     Raises:
         LlmoptError: a folder that cannot be opened, or models that cannot be compared.
         BrokenArtifactError: the model computes NaN or infinity.
-        EvaluationError: too little text.
     """
     check_device(device)
     gate = recipe.gate if recipe else GateSection()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from llmopt.calibration.hidden_states import file_size
 from llmopt.calibration.tokenizer import LoadedTokenizer, load_tokenizer
 from llmopt.calibration.walker import BlockWalker, TokenBatch
-from llmopt.checkpoint.artifact import Artifact, check_output, open_artifact
+from llmopt.checkpoint.artifact import Artifact, check_output, check_space, open_artifact
 from llmopt.checkpoint.companions import plan_companions
 from llmopt.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmopt.checkpoint.scan import combined_digest, scan_tensors
@@ -18,12 +20,18 @@ from llmopt.checkpoint.structure import ModelStructure, read_structure
 from llmopt.contract import Contract, draw_contract
 from llmopt.environment import check_device, describe_environment, fingerprint
 from llmopt.errors import BadInputError
-from llmopt.evaluation import check_gate, margin_bits, scratch_bytes
+from llmopt.evaluation import (
+    check_gate,
+    check_tasks,
+    margin_bits,
+    one_error_family,
+    scratch_bytes,
+)
 from llmopt.progress import Progress
 from llmopt.quantization.storage import stored_bits_per_weight
 from llmopt.recipe import Recipe, load_recipe
 from llmopt.report.schema import Environment
-from llmopt.texts import Texts, prepare_texts
+from llmopt.texts import Texts, check_lengths, prepare_texts
 from llmopt.writing import Part, plan_parts
 
 _BATCH_TOKENS = 2048
@@ -45,19 +53,40 @@ class Job:
     digests: dict[str, str]
     parts: tuple[Part, ...]
 
+    @property
+    def source_sha256(self) -> str:
+        """Content hash of the source: its tensors, and the config that says how they compute."""
+        config = json.dumps(self.reader.config, sort_keys=True)
+        return combined_digest(
+            {**self.digests, "config.json": hashlib.sha256(config.encode()).hexdigest()}
+        )
 
-def check(source: Path | str, recipe: Recipe | Path | str, output: Path | str) -> Contract:
+
+@one_error_family()
+def check(
+    source: Path | str,
+    recipe: Recipe | Path | str,
+    output: Path | str,
+    *,
+    device: str = "cpu",
+) -> Contract:
     """The contract alone, in seconds; ``Contract.refusals`` says what does not hold.
+
+    No text is read and no weight.
 
     Raises:
         LlmoptError: the source cannot be opened, the output path is taken, or the recipe names
-            something that llmopt does not know.
+            something that llmopt does not know or that does not fit the model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     _check_paths(Path(source), Path(output), resume=False)
+    check_device(device)
     reader = open_checkpoint(Path(source))
     load_tokenizer(Path(source))
-    return draw_contract(reader, read_structure(reader), recipe)
+    structure = read_structure(reader)
+    check_lengths(recipe, structure.context_length)
+    check_tasks(recipe.gate)
+    return draw_contract(reader, structure, recipe)
 
 
 def prepare(
@@ -86,7 +115,7 @@ def prepare(
     bits = _width_of_margins(structure, contract)
     check_gate(recipe.gate, bits, texts.evaluation.text)
     walker = BlockWalker(structure, reader, device)
-    return Job(
+    job = Job(
         reader=reader,
         structure=structure,
         recipe=recipe,
@@ -96,9 +125,12 @@ def prepare(
         environment=describe_environment(device, walker.dtype),
         device=device,
         bits=bits,
-        digests=scan_tensors(reader, progress),
+        digests={},
         parts=plan_parts(reader, structure),
     )
+    check_space(output, _needed_bytes(job))
+    # Last, for it reads every byte of the source.
+    return replace(job, digests=scan_tensors(reader, progress))
 
 
 def _width_of_margins(structure: ModelStructure, contract: Contract) -> int:
@@ -121,7 +153,7 @@ def stage_artifact(job: Job, output: Path, resume: bool) -> Artifact:
     """Begin the job's output, or go on with an interrupted one; see ``open_artifact``."""
     contents = fingerprint(
         job.environment,
-        source=combined_digest(job.digests),
+        source=job.source_sha256,
         recipe=job.recipe.sha256(),
         calibration=job.texts.calibration_sha256,
     )

@@ -18,15 +18,16 @@ from llmopt.checkpoint.publish import publish
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.shards import write_index
 from llmopt.compressing import write_parts
-from llmopt.errors import EXIT_CODES, BrokenArtifactError, ExitCode, Outcome
-from llmopt.evaluation import compare, judge
+from llmopt.errors import EXIT_CODES, BrokenArtifactError, ExitCode, Outcome, RoundTripError
+from llmopt.evaluation import compare, judge, one_error_family
 from llmopt.formats import FORMATS
 from llmopt.job import Job, prepare, stage_artifact
 from llmopt.naming import config_names, ignored_names
 from llmopt.progress import Progress, silent
 from llmopt.recipe import Recipe
+from llmopt.report.failure import write_failure
 from llmopt.report.schema import LayerRecord, Report, RoundTrip
-from llmopt.reporting import assemble_report, write_report
+from llmopt.reporting import assemble_failure, assemble_report, write_report
 from llmopt.roundtrip import check_round_trip
 from llmopt.writing import write_config
 from llmopt_evals.verdict import Verdict
@@ -49,6 +50,7 @@ class Result:
     report: Report
 
 
+@one_error_family()
 def quantize(
     source: Path | str,
     recipe: Recipe | Path | str,
@@ -70,7 +72,6 @@ def quantize(
 
     Raises:
         LlmoptError: with what is wrong and what to do; nothing is visible at ``output`` then.
-        EvaluationError: the held-out text cannot be measured on.
     """
     stopwatch = _Stopwatch()
     with stopwatch("prepare"):
@@ -80,17 +81,20 @@ def quantize(
             write_parts(job, artifact, progress)
         with stopwatch("finish"):
             ledger, companions = _finish_directory(job, artifact)
-        with stopwatch("round trip"):
-            round_trip = _read_back(job, artifact, progress)
-        with stopwatch("gate"):
-            try:
-                verdict = _judge(job, artifact, progress)
-            except BrokenArtifactError as error:
-                place = publish(artifact, _Broken()).path
-                raise BrokenArtifactError(
-                    f"{error.what}; it is in {place}", error.remedy
-                ) from error
         layers = [layer for entry in artifact.journal.blocks for layer in _layers_of(entry)]
+        try:
+            with stopwatch("round trip"):
+                round_trip = _read_back(job, artifact, progress)
+            with stopwatch("gate"):
+                verdict = _judge(job, artifact, progress)
+        except (RoundTripError, BrokenArtifactError) as error:
+            seconds, name = stopwatch.seconds, artifact.output.name
+            failure = assemble_failure(
+                job, artifact.directory, name, layers, companions, error, seconds
+            )
+            write_failure(artifact.directory, failure)
+            place = publish(artifact, _Broken()).path
+            raise type(error)(f"{error.what}; it is in {place}", error.remedy) from error
         report = assemble_report(
             job,
             artifact.directory,
@@ -119,7 +123,7 @@ class _Stopwatch:
 
 
 class _Broken:
-    """The verdict on what cannot even be measured."""
+    """The verdict on what differs from what was solved, or cannot even be measured."""
 
     outcome: Outcome = "fail"
 

@@ -160,7 +160,7 @@ class GateSection(_Section):
         return self
 
     def criteria(self, bits: int) -> Criteria:
-        """The criteria for a model whose narrowest weights have ``bits`` bits.
+        """The criteria for a model most of whose quantized parameters have ``bits`` bits.
 
         Raises:
             EvaluationError: no margins are fixed for this width.
@@ -190,11 +190,18 @@ class Recipe(_Section):
 
     name: str
     description: str = ""
-    stages: tuple[QuantizeStage, ...] = Field(min_length=1, max_length=1)
+    stages: tuple[QuantizeStage, ...]
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
     gate: GateSection = GateSection()
+
+    @field_validator("stages")
+    @classmethod
+    def _check_stages(cls, stages: tuple[QuantizeStage, ...]) -> tuple[QuantizeStage, ...]:
+        if len(stages) != 1:
+            raise ValueError(f"give one quantization stage; there are {len(stages)}")
+        return stages
 
     @property
     def quantize(self) -> QuantizeStage:
@@ -268,7 +275,8 @@ def parse_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
 def _explain(fault: ErrorDetails) -> str:
     location = ".".join(str(part) for part in fault["loc"])
     if fault["type"] != "extra_forbidden":
-        return f"{location}: {fault['msg']} (got {fault['input']!r})"
+        words = fault["msg"].removeprefix("Value error, ")
+        return f"{location}: {words} (got {fault['input']!r})"
     known = list(_section_at(fault["loc"][:-1]).model_fields)
     return f"unknown key {location!r}{_nearest(str(fault['loc'][-1]), known)}"
 

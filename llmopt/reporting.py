@@ -12,8 +12,9 @@ import llmopt
 from llmopt.calibration.overlap import MAX_OVERLAPPING_DOCUMENTS
 from llmopt.checkpoint.companions import Companions
 from llmopt.checkpoint.ledger import Fate, Ledger
-from llmopt.checkpoint.scan import combined_digest
+from llmopt.errors import BrokenArtifactError, RoundTripError
 from llmopt.report.card import write_card
+from llmopt.report.failure import Failure
 from llmopt.report.html import write_html
 from llmopt.report.integrity import hash_files
 from llmopt.report.json_file import write_json
@@ -62,15 +63,11 @@ def assemble_report(
     """
     return Report(
         llmopt_version=llmopt.__version__,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=_now(),
         name=name,
         format=job.recipe.output.format,
         source=_source(job, companions),
-        recipe=RecipeRecord(
-            name=job.recipe.name,
-            sha256=job.recipe.sha256(),
-            data=job.recipe.model_dump(mode="json"),
-        ),
+        recipe=_recipe(job),
         consumers=job.contract.consumers,
         contract=job.contract.checks,
         calibration=_calibration(job),
@@ -89,6 +86,32 @@ def assemble_report(
     )
 
 
+def assemble_failure(
+    job: Job,
+    directory: Path,
+    name: str,
+    layers: Sequence[LayerRecord],
+    companions: Companions,
+    error: RoundTripError | BrokenArtifactError,
+    timings: Mapping[str, float],
+) -> Failure:
+    """The report of a run whose artifact broke before it had a verdict; arguments as above."""
+    return Failure(
+        llmopt_version=llmopt.__version__,
+        created=_now(),
+        name=name,
+        stage="round trip" if isinstance(error, RoundTripError) else "gate",
+        what=error.what,
+        remedy=error.remedy,
+        source=_source(job, companions),
+        recipe=_recipe(job),
+        environment=job.environment,
+        layers=tuple(layers),
+        timings=dict(timings),
+        files=hash_files(directory),
+    )
+
+
 def write_report(directory: Path, report: Report) -> None:
     """Write the report as JSON, as a model card and as a page.
 
@@ -100,6 +123,18 @@ def write_report(directory: Path, report: Report) -> None:
     write_html(report, directory)
 
 
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _recipe(job: Job) -> RecipeRecord:
+    return RecipeRecord(
+        name=job.recipe.name,
+        sha256=job.recipe.sha256(),
+        data=job.recipe.model_dump(mode="json"),
+    )
+
+
 def _source(job: Job, companions: Companions) -> Source:
     reader = job.reader
     infos = [reader.info(name) for name in reader.names]
@@ -109,7 +144,7 @@ def _source(job: Job, companions: Companions) -> Source:
     card = next((c.file for c in companions.copied if c.source_file == "README.md"), None)
     return Source(
         name=reader.path.resolve().name,
-        sha256=combined_digest(job.digests),
+        sha256=job.source_sha256,
         num_bytes=sum(info.num_bytes for info in infos),
         num_parameters=sum(info.num_parameters for info in infos),
         architecture=type(job.structure.skeleton).__name__,

@@ -85,9 +85,7 @@ def prepare_texts(
     section = recipe.calibration
     calibrates = recipe.quantize.solver != "rtn"
     sources = recipe.evaluation.sources
-    _check_context(context_length)
-    if calibrates:
-        _check_sequence_length(section.sequence_length, context_length)
+    check_lengths(recipe, context_length)
     _check_distinct([section.source, *sources] if section.source != BUILTIN else sources)
 
     documents = read_documents(
@@ -135,6 +133,17 @@ def prepare_evaluation(
     _check_context(context_length)
     _check_distinct(sources)
     return _evaluation_text(_read_sources(sources, tokenizer), [], tokenizer, context_length)
+
+
+def check_lengths(recipe: Recipe, context_length: int | None) -> None:
+    """Hold that a model's context is long enough for the recipe and for evaluation.
+
+    Raises:
+        BadInputError: calibration sequences longer than the context, or too short a context.
+    """
+    _check_context(context_length)
+    if recipe.quantize.solver != "rtn":
+        _check_sequence_length(recipe.calibration.sequence_length, context_length)
 
 
 def _check_context(context_length: int | None) -> None:

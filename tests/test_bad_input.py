@@ -15,9 +15,11 @@ import torch
 from support.small_jobs import make_text, small_recipe, write_job, write_text
 from support.tiny_models import rewrite_config, rewrite_tensors
 
+from llmopt.demo.paths import demo_model_path
 from llmopt.errors import LlmoptError, NumericalError, StorageError
+from llmopt.job import check
 from llmopt.pipeline import quantize
-from llmopt_evals.errors import EvaluationError
+from llmopt.report.json_file import read_json
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_a_text_that_is_too_short_is_refused_before_work(
 ) -> None:
     path = tmp_path / "mine.txt"
     path.write_text(content)
-    with pytest.raises((LlmoptError, EvaluationError), match=message):
+    with pytest.raises(LlmoptError, match=message):
         quantize(source, small_recipe(path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -172,6 +174,25 @@ def test_a_disk_that_is_too_small_is_refused_before_work(
     with pytest.raises(StorageError, match="too small"):
         quantize(source, small_recipe(text), tmp_path / "out")
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("file/out", "file is a file"), ("/proc/llmopt-out", "cannot write in /proc")],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_a_weight_is_read(
+    tmp_path: Path, source: Path, text: Path, output: str, message: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    seen: list[str] = []
+    with pytest.raises(LlmoptError, match=message):
+        quantize(
+            source,
+            small_recipe(text),
+            tmp_path / output,
+            progress=lambda task, *_: seen.append(task),
+        )
+    assert not seen
 
 
 FULL_DISK = """
@@ -237,3 +258,45 @@ def test_a_dry_run_shows_what_would_be_refused_and_exits_with_two(
     )  # fmt: skip
     assert finished.returncode == 2 and "does not hold" in finished.stdout
     assert "WNA16" in finished.stdout and not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"calibration": {"source": "builtin", "sequence_length": 4096}}, {}, "4096 tokens"),
+        ({"gate": {"tasks": {"key_value_recal": 0.1}}}, {}, "key_value_recall"),
+        ({}, {"device": "cuda:99"}, "CUDA"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse_at_once(
+    tmp_path: Path,
+    source: Path,
+    text: Path,
+    changes: dict[str, object],
+    options: dict[str, str],
+    message: str,
+) -> None:
+    with pytest.raises(LlmoptError, match=message):
+        check(source, small_recipe(text, **changes), tmp_path / "out", **options)
+
+
+def test_two_bit_plain_rounding_of_the_demo_model_is_refused_under_its_own_margins(
+    tmp_path: Path,
+) -> None:
+    recipe = tmp_path / "int2.yaml"
+    stage = "{solver: rtn, scheme: {bits: 2, group_size: 128}}"
+    recipe.write_text(
+        f"stages: [{stage}]\noutput: {{consumers: [transformers]}}\n"
+        "gate: {cloze: {num_items: 200}}  # fewer than the default's, for the time they take\n"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "llmopt", "quantize", demo_model_path(), "-r", recipe]
+    finished = subprocess.run(
+        [*command, "-o", out, "--resume"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"},
+    )  # fmt: skip
+    assert finished.returncode == 3, finished.stdout + finished.stderr
+    assert "nothing to resume" in finished.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int2.yaml", "out.quarantine"]
+    outcomes = {c.name: c.outcome for c in read_json(tmp_path / "out.quarantine").verdict.criteria}
+    assert outcomes["mean_kl"] == outcomes["perplexity_ratio"] == "fail"

@@ -9,11 +9,13 @@ from support.small_jobs import small_recipe, write_job, write_text
 from support.tiny_models import CONFIGS, rewrite_tensors
 
 import llmopt
+from llmopt import pipeline
 from llmopt.checkpoint.reader import open_checkpoint
-from llmopt.errors import ExitCode
+from llmopt.errors import BrokenArtifactError, ExitCode, LlmoptError, RoundTripError
 from llmopt.formats.dequantized import DequantizedSource
 from llmopt.pipeline import quantize
 from llmopt.recipe import load_recipe, recipe_files
+from llmopt.report.failure import Failure
 from llmopt.report.json_file import read_json
 from llmopt.report.schema import Report
 
@@ -128,6 +130,46 @@ def test_a_refused_artifact_is_not_at_the_output_path(
     assert not (tmp_path / "out").exists()
     assert result.path == tmp_path / "out.quarantine"
     assert read_json(result.path / "llmopt.json").verdict.outcome == "fail"
+
+
+@pytest.mark.parametrize(
+    ("stage", "error"), [("round trip", RoundTripError), ("gate", BrokenArtifactError)]
+)
+def test_an_artifact_that_breaks_before_its_verdict_is_quarantined_with_a_report(
+    tmp_path: Path,
+    source: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    error: type[LlmoptError],
+) -> None:
+    def broken(*_: object) -> None:
+        raise error("tensor x differs", "look at it")
+
+    monkeypatch.setattr(pipeline, "_read_back" if stage == "round trip" else "_judge", broken)
+    recipe = small_recipe(text, stage={"solver": "rtn"})
+    with pytest.raises(error, match=r"tensor x differs; it is in .*out\.quarantine") as caught:
+        quantize(source, recipe, tmp_path / "out")
+    assert caught.value.exit_code == ExitCode.FAIL
+    assert [path.name for path in tmp_path.iterdir()] == ["out.quarantine"]
+    found = Failure.model_validate_json((tmp_path / "out.quarantine/failure.json").read_text())
+    assert (found.stage, found.what) == (stage, "tensor x differs") and len(found.layers) == 21
+    assert "must not be used" in (tmp_path / "out.quarantine/README.md").read_text()
+
+
+def test_bytes_that_change_on_the_disk_are_refused_by_the_round_trip(
+    tmp_path: Path, source: Path, text: Path
+) -> None:
+    def damage(task: str, completed: int, _: int) -> None:
+        if task == "read back" and completed == 0:
+            shard = sorted((tmp_path / ".out.llmopt-staging/artifact").glob("*.safetensors"))[0]
+            shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+
+    with pytest.raises(RoundTripError, match="1 tensors on disk are not what was calibrated"):
+        quantize(
+            source, small_recipe(text, stage={"solver": "rtn"}), tmp_path / "out", progress=damage
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["out.quarantine"]
 
 
 def test_an_undecided_gate_publishes_nothing_and_has_its_own_exit_code(

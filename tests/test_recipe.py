@@ -31,7 +31,8 @@ def test_an_unknown_recipe_suggests_the_nearest() -> None:
         ({"gate": {"margin": {}}}, "did you mean 'margins'"),
         ({"stages": [{**QUANTIZE, "scheme": {"bits": 5}}]}, "stages.0.scheme.bits"),
         ({"stages": [{**QUANTIZE, "damping": 0}]}, "damping"),
-        ({"stages": []}, "stages"),
+        ({"stages": []}, "give one quantization stage; there are 0"),
+        ({"stages": [QUANTIZE, QUANTIZE]}, "give one quantization stage; there are 2"),
         ({"gate": {"margins": {"perplexity": 1}}}, "margins"),
         ({"gate": {"margins": {"mean_kl": float("nan")}}}, "margin"),
         ({"gate": {"margins": {"mean_kl": float("inf")}}}, "margin"),
@@ -43,6 +44,12 @@ def test_an_unknown_recipe_suggests_the_nearest() -> None:
 def test_a_fault_names_its_key(data: dict[str, object], message: str) -> None:
     with pytest.raises(BadInputError, match=message):
         parse_recipe({"name": "x", "stages": [QUANTIZE], **data})
+
+
+def test_one_fault_is_told_once() -> None:
+    with pytest.raises(BadInputError) as caught:
+        parse_recipe({"name": "x", "stages": [{**QUANTIZE, "damping": -1}]})
+    assert caught.value.what.count(";") == 0 and "stages.0.damping" in caught.value.what
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.small_jobs import small_recipe, write_job, write_text
+from support.tiny_models import rewrite_config
 
 from llmopt.errors import AlreadyConcludedError, BadInputError
 from llmopt.pipeline import quantize
@@ -55,6 +56,10 @@ def test_a_resume_under_other_conditions_is_refused_and_says_which(tmp_path: Pat
     other = small_recipe(text, stage={"damping": 0.02})
     with pytest.raises(BadInputError, match="differs from this one in recipe"):
         quantize(source, other, output, resume=True)
+    rewrite_config(source, rms_norm_eps=0.5)
+    with pytest.raises(BadInputError, match="differs from this one in source"):
+        quantize(source, small_recipe(text), output, resume=True)
+    rewrite_config(source, rms_norm_eps=1e-6)
     assert quantize(source, small_recipe(text), output, resume=True).published
 
 

@@ -108,7 +108,8 @@ def find_tasks(
     ours = {name: _read_task(name, include_path) for name in names}
     # lm-eval's own thousands of task files are read only if one of them is asked for.
     manager = TaskManager(include_defaults=None in ours.values())
-    return [ours[name] or _known(name, manager.all_tasks) for name in names], manager
+    own = [] if include_path is None else [file.stem for file in include_path.glob("*/*.yaml")]
+    return [ours[name] or _known(name, [*own, *manager.all_tasks]) for name in names], manager
 
 
 def _read_task(name: str, include_path: Path | None) -> dict[str, object] | None:

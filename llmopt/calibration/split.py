@@ -43,9 +43,10 @@ def split_documents(
         (evaluation if held_out else calibration).append(document)
     if not calibration or not evaluation:
         raise BadInputError(
-            f"{len(calibration) + len(evaluation)} documents are too few to hold out "
+            f"the text has {len(calibration) + len(evaluation)} documents, too few to hold out "
             f"{evaluation_share:.0%} of them",
-            "give more documents, or separate calibration and evaluation texts",
+            "give more text: a .txt is cut into documents at blank lines, a .jsonl has one a "
+            "line, and judging takes thirty held-out ones",
         )
     return calibration, evaluation
 

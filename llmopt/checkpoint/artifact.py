@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Self
 
@@ -91,7 +92,7 @@ def open_artifact(
         interrupted = staging.is_dir() and not staging.is_symlink()
         if not (interrupted and resume):
             check_output(output)
-        _check_space(output, needed_bytes - (_allocated_bytes(staging) if interrupted else 0))
+        check_space(output, needed_bytes)
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             staging.mkdir()
@@ -198,12 +199,29 @@ def check_output(output: Path, *, resume: bool = False) -> None:
         raise BadInputError(f"output directory {output} is not empty", remedy)
 
 
-def _check_space(output: Path, missing_bytes: int) -> None:
-    ancestor = output.parent
+def has_interrupted_run(output: Path) -> bool:
+    """Whether there is something to resume for ``output``."""
+    return _staging_of(output).is_dir()
+
+
+def check_space(output: Path, needed_bytes: int) -> None:
+    """Hold that the folder of ``output`` can be written to and its disk has room.
+
+    What an interrupted run for it has staged counts as room.
+
+    Raises:
+        BadInputError: a file stands in the way.
+        StorageError: too small a disk, or one that refuses.
+    """
+    staging = _staging_of(output)
+    ancestor = staging.parent
     while not ancestor.exists() and ancestor != ancestor.parent:
         ancestor = ancestor.parent
     if not ancestor.is_dir():
         raise BadInputError(f"{ancestor} is a file", "choose another output directory")
+    with storage_errors(f"cannot write in {ancestor}"), TemporaryFile(dir=ancestor):
+        pass
+    missing_bytes = needed_bytes - (_allocated_bytes(staging) if staging.is_dir() else 0)
     free_bytes = shutil.disk_usage(ancestor).free
     if missing_bytes > free_bytes:
         raise StorageError(

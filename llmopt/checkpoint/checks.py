@@ -36,7 +36,7 @@ def read_json_object(path: Path) -> dict[str, JsonValue]:
     return value
 
 
-def check_config(path: Path, *, allow_remote_code: bool) -> dict[str, JsonValue]:
+def check_config(path: Path) -> dict[str, JsonValue]:
     """The directory's ``config.json``.
 
     Raises:
@@ -57,10 +57,11 @@ def check_config(path: Path, *, allow_remote_code: bool) -> dict[str, JsonValue]
     if (path / "tokenizer_config.json").exists():
         configs["tokenizer_config.json"] = read_json_object(path / "tokenizer_config.json")
     for name, content in configs.items():
-        if content.get("auto_map") and not allow_remote_code:
+        if content.get("auto_map"):
             raise BadInputError(
                 f"{path / name} asks for remote code (auto_map)",
-                "read that code and allow it, or use a model that transformers holds itself",
+                "llmopt runs no code from a checkpoint; use a model that transformers holds "
+                "itself, and if this is one, remove auto_map",
             )
     return config
 

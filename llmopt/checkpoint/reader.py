@@ -109,14 +109,14 @@ class CheckpointReader(TensorSource):
         return self._file_of[name].read(name)
 
 
-def open_checkpoint(path: Path, *, allow_remote_code: bool = False) -> CheckpointReader:
+def open_checkpoint(path: Path) -> CheckpointReader:
     """Opens a checkpoint directory; everything that can be told from its headers is checked now.
 
     Raises:
         BadInputError: no directory or no ``config.json``; weights missing, pickled, truncated or
             in two places; an index that disagrees with its shards; a model that needs remote code.
     """
-    config = check_config(path, allow_remote_code=allow_remote_code)
+    config = check_config(path)
     files = {name: MappedFile(path / name) for name in find_shards(path)}
     held = {name: tuple(file.places) for name, file in files.items()}
     index_path = path / INDEX_FILE

@@ -41,8 +41,9 @@ def scan_tensors(source: TensorSource, progress: Progress) -> dict[str, str]:
     progress("scan weights", done, total)
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        hold = "tensor holds" if len(bad) == 1 else "tensors hold"
         raise BadInputError(
-            f"{len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}{more}",
+            f"{len(bad)} {hold} NaN or infinity: {', '.join(bad[:5])}{more}",
             "download the checkpoint again; if it is your own, its training or merge went wrong",
         )
     return digests

@@ -24,6 +24,7 @@ def quantize(
 ) -> None:
     """Quantize SOURCE by a recipe, measure what was written, publish it if it passed."""
     from llmopt import pipeline
+    from llmopt.checkpoint.artifact import has_interrupted_run
     from llmopt.recipe import load_recipe
 
     chosen = load_recipe(recipe)
@@ -34,9 +35,11 @@ def quantize(
         from llmopt.job import check
         from llmopt.report.console import render_contract
 
-        contract = check(source, chosen, destination)
+        contract = check(source, chosen, destination, device=device)
         output.print(render_contract(contract))
         raise typer.Exit(int(ExitCode.BAD_INPUT if contract.refusals else ExitCode.PASS))
+    if resume and not has_interrupted_run(destination):
+        errors.print(f"nothing to resume for {destination}: beginning anew", markup=False)
     try:
         with progress_bars() as progress:
             result = pipeline.quantize(

@@ -33,7 +33,7 @@ class Source(Record):
     """The checkpoint that was compressed."""
 
     name: str
-    sha256: str = Field(description="content hash over all tensors")
+    sha256: str = Field(description="content hash over all tensors and config.json")
     num_bytes: NonNegativeInt
     num_parameters: NonNegativeInt
     architecture: str

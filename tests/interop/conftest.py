@@ -12,8 +12,6 @@ import pytest
 from environments import BuildError, build, clean_variables, frozen_environment
 from interop.protocol import DOORS, Consumer
 
-PUBLISHED_OR_REFUSED = (0, 3)
-
 
 @cache
 def find_consumer(name: str) -> Consumer | str:
@@ -37,8 +35,7 @@ def consumer(request: pytest.FixtureRequest) -> Consumer:
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Run ``llmopt quantize`` on the built-in model by a recipe, once a session.
 
-    Gives the folder it wrote: the published one, or the quarantined one of a recipe that the gate
-    refused, whose bytes a consumer must read all the same.
+    Gives the folder it published; a recipe that the gate refuses fails the test.
     """
     from llmopt.demo.paths import demo_model_path
 
@@ -48,7 +45,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         tool = Path(sysconfig.get_path("scripts")) / "llmopt"
         command = [tool, "quantize", demo_model_path(), "--recipe", recipe, "-o", output]
         done = subprocess.run(command, env=clean_variables(), capture_output=True, text=True)
-        assert done.returncode in PUBLISHED_OR_REFUSED, done.stdout + done.stderr
-        return output if done.returncode == 0 else output.with_name("model.quarantine")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return output
 
     return run
