@@ -19,7 +19,7 @@ class Case:
         tensor_cores: whether its product must run on them.
         shipped: whether this is what the launcher chooses; the others are tuning candidates,
             compiled by ``make kernels-aot-full`` alone.
-        archs: compute capabilities that it is for; fp8 products need 90.
+        archs: compute capabilities that it is for; fp8 needs 90.
     """
 
     name: str
@@ -27,6 +27,10 @@ class Case:
     tensor_cores: bool
     shipped: bool = True
     archs: tuple[int, ...] = (80, 90)
+
+    def runs_on(self, capability: int | str) -> bool:
+        """Whether a chip can run it; AMD's has another fp8, so it runs what an 80 can."""
+        return (capability if isinstance(capability, int) else 80) in self.archs
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -68,10 +68,7 @@ def compile_operation(operation: str, chip_name: str, everything: bool) -> list[
     use(chip)
     rows: list[Row] = []
     for case in importlib.import_module(f"aot.cases.{operation}").cases():
-        wanted = (everything or case.shipped) and (
-            chip.capability in case.archs or not chip_name.isdigit()
-        )
-        if not wanted:
+        if not (case.runs_on(chip.capability) and (everything or case.shipped)):
             continue
         started = time.perf_counter()
         try:

@@ -46,7 +46,7 @@ END = "<!-- end -->"
 ALL_TEXT = "--all-text" in sys.argv
 GATE = GateSection() if ALL_TEXT else GateSection(cloze=ClozeOptions(num_items=500))
 UNIT_TOKENS = 256
-NUM_GATES = 1000 if ALL_TEXT else 200
+NUM_GATES = 1000
 POWER_OF = "int4-gptq"
 
 COLUMNS = ("mean KL", "perplexity ratio", "top-1", "verdict", "looks")

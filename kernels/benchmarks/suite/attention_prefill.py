@@ -119,7 +119,9 @@ def benchmarks(scale: Scale) -> Iterator[Benchmark]:
             peers={name: _peer(case, name) for name in case.peers},
             tunable=Tunable(
                 candidate_configs(case.head_dim),
-                shipped_config(case.head_dim, max(case.lengths), case.kind, _architecture()),
+                shipped_config(
+                    case.head_dim, max(case.lengths), case.kind, _architecture(), case.window
+                ),
                 partial(_with_config, case),
             ),
             priority=0 if case.name == PREFILL[1] else 1,
