@@ -49,7 +49,11 @@ def environment_for(wheel: Path) -> Environment:
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a command as a user would: no checkout on the path, no network, no input."""
-    variables = clean_variables() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "COLUMNS": "99"}
+    variables = clean_variables() | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"],
+        "COLUMNS": "99",
+    }
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,

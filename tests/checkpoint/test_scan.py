@@ -68,7 +68,9 @@ def test_nan_and_infinity_are_found_wherever_they_lie(
     bad = torch.zeros(21)
     bad[place:] = value
     tensors = {"good": torch.ones(3), "bad": bad.to(dtype).view(3, 7)}
-    with pytest.raises(BadInputError, match=rf"1 tensors .* bad \(first at flat index {place}\)"):
+    with pytest.raises(
+        BadInputError, match=rf"1 tensor holds .* bad \(first at flat index {place}\)"
+    ):
         scan_tensors(MemorySource(tensors), silent)
 
 
