@@ -11,7 +11,8 @@ export PYTHONHASHSEED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fix interop planted kernels-aot kernels-aot-full clean
+.PHONY: help install demo test check fix interop planted \
+  kernels-aot kernels-aot-full kernels-oldest clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -62,6 +63,11 @@ kernels-aot: $(STAMP) ## compile the shipped kernels for GPUs that need not be h
 kernels-aot-full: $(STAMP) ## the same for every tuning candidate, and for AMD's gfx942 (long)
 	$(BIN)/python kernels/aot/check.py --all --chip 80 --chip 90
 	$(BIN)/python kernels/aot/check.py --chip gfx942
+
+kernels-oldest: $(STAMP) ## run the kernels' tests with the oldest triton
+	$(BIN)/python kernels/aot/with_oldest_triton.py -m pytest -q -p no:cacheprovider \
+	  -W ignore::RuntimeWarning -W ignore::DeprecationWarning \
+	  tests/kernels --ignore tests/kernels/benchmarks
 
 clean: ## remove what make and the tools made, .venv included
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache \

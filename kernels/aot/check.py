@@ -83,11 +83,14 @@ def compile_operation(operation: str, chip_name: str, everything: bool) -> list[
         if not kernels:
             rows.append(Row(case.name, chip_name, "", None, seconds, ("it launched nothing",)))
         used = [usage(kernel, chip) for kernel in kernels]
-        # Several kernels of one launch, a reduction after a product say: one of them has it.
-        matrix = case.tensor_cores and not any(u.tensor_cores for u in used)
-        for index, (kernel, u) in enumerate(zip(kernels, used, strict=True)):
-            faults = tuple(u.faults(chip, matrix and index == 0))
-            rows.append(Row(case.name, chip_name, kernel.metadata.name, u, seconds, faults))
+        # Of several kernels of one launch, a product and the reduction after it say, those that
+        # bear the product's name must have it: all of them.
+        names = [kernel.metadata.name for kernel in kernels]
+        products = {name for name, u in zip(names, used, strict=True) if u.tensor_cores}
+        owed = (products or set(names)) if case.tensor_cores else set()
+        for name, u in zip(names, used, strict=True):
+            faults = tuple(u.faults(chip, name in owed))
+            rows.append(Row(case.name, chip_name, name, u, seconds, faults))
     return rows
 
 
