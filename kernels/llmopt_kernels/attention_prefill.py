@@ -38,6 +38,10 @@ from llmopt_kernels.triton_or_stub import tl, triton
 LOG2_E = math.log2(math.e)
 SHARED_BYTES = 227 * 2**10
 """Of a program, at compute capability 9.0."""
+MAX_SEQUENCES = 65535
+"""The second dimension of a grid ends there."""
+MAX_WINDOW = 2**30
+"""A wider one is as good as this one, and a position less a window stays within int32."""
 L2_BYTES = 32 * 2**20
 """Keys and values for the programs that run at one time: within the L2 of an A100 or H100."""
 
@@ -56,6 +60,7 @@ def attention_prefill(
     sinks: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    check_values: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from packed queries to packed keys and values.
 
@@ -66,7 +71,7 @@ def attention_prefill(
         cu_seqlens_q: ``(sequences + 1,) int32``, from 0 to ``total_q``: sequence ``b`` is rows
             ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``. Rows behind the last are not written.
         cu_seqlens_k: likewise of ``k`` and ``v``.
-        max_seqlen_q: at least the queries of the longest sequence.
+        max_seqlen_q: at least the queries of the longest sequence; may be more than ``total_q``.
         causal: a query sees no key behind its own position.
         window: keys that a query sees, its own included (``sliding_window`` of a Hugging Face
             config); with ``causal`` alone.
@@ -74,6 +79,7 @@ def attention_prefill(
         sinks: ``(q_heads,)`` float32 or 16 bit, a logit of each head that joins the denominator.
         scale: of the scores, before the cap; None is ``head_dim ** -0.5``.
         return_lse: give the log-sum-exp too.
+        check_values: read ``cu_seqlens_*`` and hold that they fit; for debugging.
 
     Returns:
         ``(total_q, q_heads, head_dim)`` in the type of ``q``; with ``return_lse`` also ``(q_heads,
@@ -84,7 +90,8 @@ def attention_prefill(
     """
     kv = PackedTokens(k, v, cu_seqlens_k)
     options = causal, window, softcap, sinks, scale
-    return _run(PrefillProblem(q, kv, cu_seqlens_q, max_seqlen_q, *options), return_lse)
+    problem = PrefillProblem(q, kv, cu_seqlens_q, max_seqlen_q, *options)
+    return _run(problem, return_lse, check_values)
 
 
 def attention_prefill_paged(
@@ -118,7 +125,7 @@ def attention_prefill_paged(
         sinks: ``(q_heads,)`` logits.
         scale: of the scores.
         return_lse: give the log-sum-exp too.
-        check_values: read the block table and hold that it is in range; for debugging.
+        check_values: read lengths and block table and hold that they fit; for debugging.
 
     Returns:
         As ``attention_prefill``.
@@ -278,7 +285,7 @@ def _prefill_kernel(
     in_rows = (start_m + m < q_len)[:, None]
     mask_0 = in_rows & (channel_0 < WIDTH_0)[None, :]
     mask_1 = in_rows & (channel_1 < WIDTH_1)[None, :]
-    q_ptrs = q_ptr + (q_start + start_m) * stride_q_token + head * stride_q_head
+    q_ptrs = q_ptr + (q_start + start_m) * stride_q_token + head.to(tl.int64) * stride_q_head
     q_ptrs = q_ptrs + m[:, None] * stride_q_token
     q_0 = tl.load(q_ptrs + channel_0[None, :], mask=mask_0, other=0.0)
     if WIDTH_1 > 0:
@@ -362,7 +369,8 @@ def _prefill_kernel(
             unit = factor
             if cap is not None:
                 # tanh(x) = 1 - 2 / (e**2x + 1); 2**126 is as good as infinity there.
-                power = tl.exp2(tl.minimum(scores * factor, 126.0))
+                exponent = tl.minimum(scores * factor, 126.0, propagate_nan=tl.PropagateNan.ALL)
+                power = tl.exp2(exponent)
                 scores = cap * (1.0 - 2.0 / (power + 1.0))
                 unit = 1.0
             if EDGE:
@@ -413,7 +421,7 @@ def _prefill_kernel(
         largest = new_largest
     else:
         weight = tl.full((BLOCK_M,), 1.0, tl.float32)
-    some = total > 0.0
+    some = total != 0.0  # NaN is passed on
     total = tl.where(some, total, 1.0)
     weight = weight / total * head_scale(v_scale_ptr, kv_head, KIND)
     out_ptrs = out_ptr + ((q_start + start_m + m) * num_heads + head)[:, None] * HEAD_DIM
@@ -458,18 +466,21 @@ def shipped_config(
     plain, narrow = kind == "16-bit", head_dim <= 128
     if isinstance(architecture, str):
         return PrefillConfig(block_m, 64 if narrow and plain else 32, 4, 1)
-    if architecture >= 90:
-        if plain and narrow and window is None:
-            return PrefillConfig(block_m, block_m, num_warps, 3 if head_dim < 128 else 2)
+    if 90 <= architecture < 120:
+        if not narrow:
+            return PrefillConfig(block_m, 64 if plain else 32, 8, 2)
+        if plain and window is None:
+            return PrefillConfig(block_m, block_m, num_warps, 3 if head_dim < 96 else 2)
         # Less of a tile lies outside a window if the tile is small.
-        stages = 3 if plain and narrow else 2
-        return PrefillConfig(block_m, 64 if plain or narrow else 32, num_warps, stages)
+        return PrefillConfig(block_m, 64, num_warps, 3 if plain else 2)
+    # What follows fits the 99 KiB of shared memory of 8.6, 8.9 and 12.0 too.
     if narrow:
         stages = 3 if head_dim < 128 and plain else 2
         return PrefillConfig(block_m, 64 if plain else 32, num_warps, stages)
     if head_dim == 192:
         return PrefillConfig(64, 32, 4, 2) if plain else PrefillConfig(128, 16, 8, 2)
-    return PrefillConfig(64, 64 if plain else 32, 8, 2)
+    roomy = architecture in (80, 87)
+    return PrefillConfig(64, 64 if plain and roomy else 32, 8, 2)
 
 
 def candidate_configs(head_dim: int) -> list[PrefillConfig]:
@@ -494,10 +505,14 @@ def launch_attention_prefill(
     p = problem
     check_problem(p)
     check_launchable(**p.tensors())
+    if p.num_sequences > MAX_SEQUENCES:
+        raise ValueError(f"{p.num_sequences} sequences; a launch takes {MAX_SEQUENCES} at most")
     total_q, num_heads, head_dim = p.q.shape
+    longest = min(p.max_seqlen_q, total_q)
+    window = None if p.window is None else min(p.window, MAX_WINDOW)
     out = p.q.new_empty(p.q.shape)
     lse = p.q.new_empty(num_heads, total_q, dtype=torch.float32) if return_lse else None
-    if p.q.numel() == 0 or p.max_seqlen_q == 0 or p.num_sequences == 0:
+    if p.q.numel() == 0 or longest == 0 or p.num_sequences == 0:
         return out, lse
     if isinstance(p.kv, PackedTokens):
         cache, table = PagedKV(p.kv.k[None], p.kv.v[None]), None  # all in one page
@@ -506,13 +521,13 @@ def launch_attention_prefill(
         cache, table, lengths = p.kv.cache, p.kv.block_table, p.kv.lengths
         mean_length = table.shape[1] * cache.page_size
     config = config or shipped_config(
-        head_dim, p.max_seqlen_q, p.kind, _architecture(p.q.device), p.window
+        head_dim, longest, p.kind, _architecture(p.q.device), window
     )
     width = head_dim // 2 if p.kind == "int4" else min(128, 2 ** (head_dim.bit_length() - 1))
     factor, cap = p.factor * LOG2_E, None
     if p.softcap is not None:
         factor, cap = 2.0 * factor / p.softcap, p.softcap * LOG2_E
-    num_tiles = triton.cdiv(p.max_seqlen_q, config.block_m)
+    num_tiles = triton.cdiv(longest, config.block_m)
     group = num_heads // p.num_kv_heads
     launch(
         _prefill_kernel,
@@ -532,7 +547,7 @@ def launch_attention_prefill(
         lse,
         factor,
         cap,
-        p.window,
+        window,
         total_q,
         num_tiles,
         num_heads,

@@ -85,7 +85,8 @@ def check_problem(problem: PrefillProblem, check_values: bool = False) -> None:
 
     Args:
         problem: all of it.
-        check_values: hold that the pages read are in the pool; waits for the device.
+        check_values: hold that bounds, lengths and pages lie in their tensors; waits for the
+            device.
 
     Raises:
         ValueError: shape, element type, stride or number that does not fit; says what it got.
@@ -98,12 +99,12 @@ def check_problem(problem: PrefillProblem, check_values: bool = False) -> None:
     _check_index("cu_seqlens_q", p.cu_seqlens_q, (None,))
     if p.num_sequences < 0:
         raise ValueError("cu_seqlens_q is empty; it starts with 0")
-    if not 0 <= p.max_seqlen_q <= p.q.shape[0]:
-        raise ValueError(f"max_seqlen_q is {p.max_seqlen_q}; q has {p.q.shape[0]} tokens")
+    if p.max_seqlen_q < 0:
+        raise ValueError(f"max_seqlen_q is {p.max_seqlen_q}; it must not be negative")
     if isinstance(p.kv, PackedTokens):
         _check_packed(p.q, p.kv, p.cu_seqlens_q)
     else:
-        _check_cached(p.q, p.kv, p.num_sequences, check_values)
+        _check_cached(p.q, p.kv, p.num_sequences)
     if p.num_kv_heads == 0 or p.q.shape[1] % p.num_kv_heads:
         raise ValueError(f"{p.q.shape[1]} query heads do not share {p.num_kv_heads} kv heads")
     if p.window is not None and not (p.causal and p.window > 0):
@@ -117,6 +118,8 @@ def check_problem(problem: PrefillProblem, check_values: bool = False) -> None:
         check_shape("sinks", p.sinks, (p.q.shape[1],))
         check_dtype("sinks", p.sinks, (torch.float32, *DTYPES))
         check_last_contiguous("sinks", p.sinks)
+    if check_values:
+        _check_values(p)
 
 
 def _check_packed(q: Tensor, kv: PackedTokens, cu_seqlens_q: Tensor) -> None:
@@ -128,7 +131,7 @@ def _check_packed(q: Tensor, kv: PackedTokens, cu_seqlens_q: Tensor) -> None:
     _check_index("cu_seqlens_k", kv.cu_seqlens, cu_seqlens_q.shape)
 
 
-def _check_cached(q: Tensor, kv: CachedTokens, num_sequences: int, check_values: bool) -> None:
+def _check_cached(q: Tensor, kv: CachedTokens, num_sequences: int) -> None:
     check_cache(kv.cache)
     if kv.cache.head_dim != q.shape[2]:
         raise ValueError(f"the cache has head dimension {kv.cache.head_dim}, q {q.shape[2]}")
@@ -138,8 +141,30 @@ def _check_cached(q: Tensor, kv: CachedTokens, num_sequences: int, check_values:
     check_dtype("block_table", kv.block_table, (torch.int32,))
     check_last_contiguous("block_table", kv.block_table)
     _check_index("kv_lengths", kv.lengths, (num_sequences,))
-    if check_values:
-        check_block_table(kv.block_table, kv.lengths, kv.cache)
+
+
+def _check_values(problem: PrefillProblem) -> None:
+    p, kv = problem, problem.kv
+    _check_bounds("cu_seqlens_q", p.cu_seqlens_q, "q", p.q)
+    longest = max(p.cu_seqlens_q.diff().tolist(), default=0)
+    if longest > p.max_seqlen_q:
+        raise ValueError(f"max_seqlen_q is {p.max_seqlen_q}; a sequence has {longest} queries")
+    if isinstance(kv, PackedTokens):
+        _check_bounds("cu_seqlens_k", kv.cu_seqlens, "k", kv.k)
+        return
+    for index, length in enumerate(kv.lengths.tolist()):
+        if length < 0:
+            raise ValueError(f"kv_lengths[{index}] is {length}; it must not be negative")
+    check_block_table(kv.block_table, kv.lengths, kv.cache)
+
+
+def _check_bounds(name: str, bounds: Tensor, tokens_name: str, tokens: Tensor) -> None:
+    values = bounds.tolist()
+    if values[0] != 0 or values != sorted(values) or values[-1] > tokens.shape[0]:
+        raise ValueError(
+            f"{name} is {values}; it must rise from 0 to at most the {tokens.shape[0]} tokens of "
+            f"{tokens_name}"
+        )
 
 
 def _check_index(name: str, index: Tensor, shape: tuple[int | None, ...]) -> None:

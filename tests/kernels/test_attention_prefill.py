@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from importlib import import_module
+from mmap import mmap
 
 import pytest
 import torch
@@ -234,6 +235,59 @@ def test_pages_before_the_window_may_be_gone(device):
         assert relative_error(out, expected) <= TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("make", [packed, paged])
+def test_nan_is_passed_on(make, softcap, device):
+    lengths = [(3, 3), (20, 20)]
+    for name in ("q", "k", "v"):
+        problem = make(device, lengths, softcap=softcap)
+        if name == "q":
+            problem.q[5, 0, 3] = math.nan  # query 2 of the second sequence
+        elif make is packed:
+            getattr(problem.kv, name)[5, 0, 3] = math.nan
+        else:
+            page = problem.kv.block_table[1, 0]
+            getattr(problem.kv.cache, name)[page, 2, 0, 3] = math.nan
+        out, lse = launched(problem, True, SMALL)
+        lost = out.isnan().cpu()
+        expected = torch.zeros_like(lost)
+        if name == "q":
+            expected[5, 0] = True
+        elif name == "k":
+            expected[5:] = True
+        else:  # to a query of the same tile that does not see it, 0 times NaN is NaN too
+            expected[5:, :, 3] = True
+            lost[3:5, :, 3] = False
+        assert torch.equal(lost, expected)
+        assert torch.equal(lse.T.isnan().cpu(), expected.all(-1))
+
+
+@pytest.mark.parametrize("window", [2**30 - 1, 2**31 - 1, 2**40])
+def test_a_window_beyond_every_key_does_not_wrap(window, device):
+    problem = packed(device, [(18, 5), (3, 20)], window=window)
+    check(problem)
+    whole, _ = launched(replace(problem, window=None), False, SMALL)
+    out, _ = launched(problem, False, SMALL)
+    torch.testing.assert_close(out, whole, rtol=0.0, atol=1e-2)
+
+
+def test_more_queries_than_q_has_may_be_provided_for(device):
+    problem = packed(device, [(3, 3), (18, 20)])
+    check(replace(problem, max_seqlen_q=1000))
+    check(replace(problem, max_seqlen_q=2**40), None)
+
+
+def test_a_head_may_lie_beyond_two_gigabytes(device):
+    problem = packed(device, [(1, 3)], (3, 3))
+    if device == "cpu":  # only the pages that are touched take memory
+        storage = torch.frombuffer(mmap(-1, 2 * (2**31 + 64)), dtype=torch.bfloat16)
+    else:
+        storage = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    q = storage.as_strided(problem.q.shape, (64, 2**30, 1))
+    q.copy_(problem.q)
+    check(replace(problem, q=q))
+
+
 def test_nothing_to_do(device):
     for problem in (
         packed(device, [(0, 3)]),
@@ -252,11 +306,13 @@ def test_the_order_of_programs_is_a_permutation(device, monkeypatch):
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("architecture", [80, 90, "gfx942"])
+@pytest.mark.parametrize("architecture", [80, 86, 90, 120, "gfx942"])
 def test_shipped_tiles_are_powers_of_two(head_dim, architecture):
     for kind in ("16-bit", "int8"):
         for tokens in (1, 5000):
             config = shipped_config(head_dim, tokens, kind, architecture)
+            if architecture in (86, 120):  # 99 KiB of shared memory, of which a little is not tiles
+                assert 2 * head_dim * 2 * config.num_stages * config.block_n <= 97 * 2**10
             for size in (config.block_m, config.block_n):
                 assert size >= 16 and size & (size - 1) == 0
     assert len(set(candidate_configs(head_dim))) == len(candidate_configs(head_dim))
@@ -322,7 +378,12 @@ INT = torch.int32
         ({"cu_seqlens_q": torch.zeros(0, dtype=INT)}, "cu_seqlens_q is empty"),
         ({"cu_seqlens_k": torch.zeros(3, dtype=INT)}, r"cu_seqlens_k has shape \[3\]"),
         ({"cu_seqlens_q": torch.zeros(4, dtype=INT)[::2]}, "cu_seqlens_q has stride 2"),
-        ({"max_seqlen_q": 5}, "max_seqlen_q is 5; q has 4 tokens"),
+        ({"max_seqlen_q": -1}, "max_seqlen_q is -1; it must not be negative"),
+        ({"max_seqlen_q": 3}, "max_seqlen_q is 3; a sequence has 4 queries"),
+        ({"cu_seqlens_q": torch.tensor([0, 9], dtype=INT)}, r"cu_seqlens_q is \[0, 9\]; .* 4 tok"),
+        ({"cu_seqlens_q": torch.tensor([1, 4], dtype=INT)}, r"cu_seqlens_q is \[1, 4\]"),
+        ({"cu_seqlens_k": torch.tensor([0, -1], dtype=INT)}, r"cu_seqlens_k is \[0, -1\]"),
+        ({"cu_seqlens_k": torch.tensor([0, 5], dtype=INT)}, r"cu_seqlens_k is \[0, 5\]; .* of k"),
         ({"window": 0}, "window is 0 and causal True"),
         ({"window": 3, "causal": False}, "window is 3 and causal False"),
         ({"softcap": 0.0}, "softcap is 0.0; it must be positive"),
@@ -338,7 +399,15 @@ def test_what_does_not_fit_is_refused(changes, words):
     cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
     given = {"q": x, "k": x, "v": x, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
     with pytest.raises(ValueError, match=words):
-        attention_prefill(**{**given, "max_seqlen_q": 4, **changes})
+        attention_prefill(**{**given, "max_seqlen_q": 4, **changes}, check_values=True)
+
+
+def test_more_sequences_than_a_launch_takes_are_refused(device):
+    problem = packed(device, [(1, 1)])
+    many = torch.zeros(2**16 + 1, dtype=INT, device=device)
+    problem = replace(problem, kv=replace(problem.kv, cu_seqlens=many), cu_seqlens_q=many)
+    with pytest.raises(ValueError, match="65536 sequences; a launch takes 65535 at most"):
+        launch_attention_prefill(problem)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +422,8 @@ def test_what_does_not_fit_is_refused(changes, words):
         ({"block_table": torch.full((1, 1), 7, dtype=INT)}, r"block table \[0, 0\] is 7"),
         ({"kv_lengths": torch.zeros(2, dtype=INT)}, r"kv_lengths has shape \[2\]"),
         ({"kv_lengths": torch.full((1,), 17, dtype=INT)}, "sequence 0 has 17 tokens"),
+        ({"kv_lengths": torch.full((1,), -3, dtype=INT)}, r"kv_lengths\[0\] is -3"),
+        ({"cu_seqlens_q": torch.tensor([0, 9], dtype=INT)}, r"cu_seqlens_q is \[0, 9\]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
