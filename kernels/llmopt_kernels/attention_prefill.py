@@ -479,8 +479,10 @@ def shipped_config(
         return PrefillConfig(block_m, 64 if plain else 32, num_warps, stages)
     if head_dim == 192:
         return PrefillConfig(64, 32, 4, 2) if plain else PrefillConfig(128, 16, 8, 2)
-    roomy = architecture in (80, 87)
-    return PrefillConfig(64, 64 if plain and roomy else 32, 8, 2)
+    block_n = 64 if plain else 32
+    if architecture not in (80, 87) and kind in ("16-bit", "int4"):
+        block_n //= 2
+    return PrefillConfig(64, block_n, 8, 2)
 
 
 def candidate_configs(head_dim: int) -> list[PrefillConfig]:
@@ -520,9 +522,7 @@ def launch_attention_prefill(
     else:
         cache, table, lengths = p.kv.cache, p.kv.block_table, p.kv.lengths
         mean_length = table.shape[1] * cache.page_size
-    config = config or shipped_config(
-        head_dim, longest, p.kind, _architecture(p.q.device), window
-    )
+    config = config or shipped_config(head_dim, longest, p.kind, _architecture(p.q.device), window)
     width = head_dim // 2 if p.kind == "int4" else min(128, 2 ** (head_dim.bit_length() - 1))
     factor, cap = p.factor * LOG2_E, None
     if p.softcap is not None:

@@ -240,7 +240,7 @@ def test_pages_before_the_window_may_be_gone(device):
 def test_nan_is_passed_on(make, softcap, device):
     lengths = [(3, 3), (20, 20)]
     for name in ("q", "k", "v"):
-        problem = make(device, lengths, softcap=softcap)
+        problem = make(device, lengths=lengths, softcap=softcap)
         if name == "q":
             problem.q[5, 0, 3] = math.nan  # query 2 of the second sequence
         elif make is packed:
@@ -312,7 +312,9 @@ def test_shipped_tiles_are_powers_of_two(head_dim, architecture):
         for tokens in (1, 5000):
             config = shipped_config(head_dim, tokens, kind, architecture)
             if architecture in (86, 120):  # 99 KiB of shared memory, of which a little is not tiles
-                assert 2 * head_dim * 2 * config.num_stages * config.block_n <= 97 * 2**10
+                element_bytes = 2 if kind == "16-bit" else 1
+                tile_bytes = 2 * head_dim * config.block_n * element_bytes
+                assert config.num_stages * tile_bytes <= 97 * 2**10
             for size in (config.block_m, config.block_n):
                 assert size >= 16 and size & (size - 1) == 0
     assert len(set(candidate_configs(head_dim))) == len(candidate_configs(head_dim))

@@ -45,8 +45,9 @@ def cases() -> Iterator[Case]:
         for head_dim, length in ((64, LONG), (128, LONG), (256, LONG), (128, SHORT), (256, SHORT)):
             problem = _paged(kind, head_dim, length)
             yield _case(f"head {head_dim}, {length}, paged {kind}", problem, archs=archs)
-    config = shipped_config(256, LONG, "16-bit", 120)
-    yield _case("head 256 as of capability 12.0", _packed(256), archs=(80,), config=config)
+    for problem in (_packed(256), _paged("int4", 256, LONG)):
+        config = shipped_config(256, LONG, problem.kind, 120)
+        yield _case(f"head 256 {problem.kind}, of 12.0", problem, archs=(80,), config=config)
     for head_dim in (64, 128, 256):
         for config in candidate_configs(head_dim):
             yield _case(
