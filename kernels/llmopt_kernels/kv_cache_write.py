@@ -25,6 +25,7 @@ from llmopt_kernels.launching import (
     check_last_contiguous,
     check_launchable,
     check_shape,
+    check_writable,
     launch,
     runs_kernel,
 )
@@ -210,7 +211,7 @@ def _kv_cache_write_kernel(
         cos = tl.load(cos_ptr + position * HALF + j, mask=j < HALF, other=0.0)
         sin = tl.load(sin_ptr + position * HALF + j, mask=j < HALF, other=0.0)
     if block < kv_programs:
-        heads = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        heads = (block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
         _write_heads(
             k_ptr + token * stride_k_token + heads * stride_k_head,
             k_pages_ptr + page * stride_k_page + offset * stride_k_offset
@@ -226,7 +227,7 @@ def _kv_cache_write_kernel(
             BLOCK_REST,
         )  # fmt: skip
     elif block < 2 * kv_programs:
-        heads = (block - kv_programs) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        heads = ((block - kv_programs) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
         _write_heads(
             v_ptr + token * stride_v_token + heads * stride_v_head,
             v_pages_ptr + page * stride_v_page + offset * stride_v_offset
@@ -242,7 +243,7 @@ def _kv_cache_write_kernel(
             BLOCK_DIM,
         )  # fmt: skip
     elif q_ptr is not None:
-        heads = (block - 2 * kv_programs) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        heads = ((block - 2 * kv_programs) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
         j = tl.arange(0, BLOCK_HALF)[None, :]
         mask = (heads < num_heads)[:, None] & (j < HALF)
         q_ptrs = q_ptr + token * stride_q_token + heads[:, None] * stride_q_head + j
@@ -351,6 +352,7 @@ def _check(
     if q is not None:
         check_shape("q", q, (k.shape[0], None, k.shape[2]))
         check_dtype("q", q, (k.dtype,))
+        check_writable("q", q)
     for name, x in (("k", k), ("v", v), ("q", q)):
         if x is not None:
             check_last_contiguous(name, x)

@@ -121,7 +121,7 @@ def _quantize_keys(
     BLOCK_BYTES: tl.constexpr,
 ):
     """All tokens of a page and head, a few channels of either half; pointers are the head's."""
-    tokens = tl.arange(0, PAGE_SIZE)[:, None]
+    tokens = tl.arange(0, PAGE_SIZE)[:, None].to(tl.int64)
     j = block * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
     inside = j < HALF
     # Channels beyond HALF load as zeros and meet no other channel.
@@ -158,7 +158,7 @@ def _quantize_values(
     BLOCK_HALF: tl.constexpr,
 ):
     """A few tokens of a page and head, all channels; pointers are the head's."""
-    tokens = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    tokens = (block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
     j = tl.arange(0, BLOCK_HALF)[None, :]
     x_ptrs = x_ptr + tokens[:, None] * stride_token + j
     first = tl.load(x_ptrs, mask=j < HALF, other=0.0).to(tl.float32)
@@ -210,7 +210,7 @@ def _kv_page_quantize_kernel(
     # Programs of a page and head: of its keys, a few channels each; of its values, a few tokens.
     source_page = tl.load(source_pages_ptr + tl.program_id(0)).to(tl.int64)
     page = tl.load(pages_ptr + tl.program_id(0)).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
     key_programs: tl.constexpr = (HALF + BLOCK_KEY_BYTES - 1) // BLOCK_KEY_BYTES
     if (source_page >= 0) & (page >= 0):

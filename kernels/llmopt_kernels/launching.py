@@ -105,6 +105,19 @@ def check_last_contiguous(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_writable(name: str, tensor: Tensor) -> None:
+    """Hold that no two elements of a tensor written in place are one in memory by expansion.
+
+    Raises:
+        ValueError: a stride of 0; says which strides.
+    """
+    if any(size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"{name} has strides {tensor.stride()} and is written in place; none may be 0 "
+            "(.contiguous() makes a copy that has none)"
+        )
+
+
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Hold that ``value`` is one of those ``allowed``.
 

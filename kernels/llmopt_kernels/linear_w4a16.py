@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmopt_kernels.cpu_int4 import CpuInt4Weight
-from llmopt_kernels.gpu_weight import ROW_MULTIPLE, GpuWeight
+from llmopt_kernels.gpu_weight import BITS, ROW_MULTIPLE, GpuWeight
 from llmopt_kernels.launching import (
     check_choice,
     check_dtype,
@@ -35,6 +35,7 @@ from llmopt_kernels.packed_weight import PackedWeight
 from llmopt_kernels.triton_or_stub import tl, triton
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float32)
 
 
 def linear_w4a16(
@@ -390,7 +391,9 @@ def _check(x: Tensor, weight: GpuWeight, bias: Tensor | None) -> None:
     check_shape("x", x, (None, weight.in_features))
     check_dtype("x", x, KERNEL_DTYPES)
     check_last_contiguous("x", x)
+    check_choice("bits", weight.bits, BITS)
     if bias is not None:
+        check_dtype("bias", bias, FLOAT_DTYPES)
         check_shape("bias", bias, (weight.out_features,))
         check_last_contiguous("bias", bias)
     check_dtype("packed", weight.packed, (torch.int32,))
@@ -398,7 +401,16 @@ def _check(x: Tensor, weight: GpuWeight, bias: Tensor | None) -> None:
     num_groups, padded_out = weight.scales.shape[0], weight.packed.shape[1]
     if padded_out < weight.out_features or padded_out % ROW_MULTIPLE:
         raise ValueError(f"packed has {padded_out} rows for {weight.out_features} of the weight")
+    check_dtype("scales", weight.scales, FLOAT_DTYPES)
     check_shape("scales", weight.scales, (None, padded_out))
+    if not num_groups or weight.in_features % num_groups or weight.group_size % weight.plane:
+        raise ValueError(
+            f"scales has {num_groups} groups for {weight.in_features} columns in planes of "
+            f"{weight.plane}; a group is a whole number of planes"
+        )
+    if weight.column_order is not None:
+        check_dtype("column_order", weight.column_order, (torch.int64,))
+        check_shape("column_order", weight.column_order, (weight.in_features,))
     if weight.zero_points is not None:
         check_dtype("zero_points", weight.zero_points, (torch.int32,))
         check_shape("zero_points", weight.zero_points, (-(-num_groups // 4), padded_out))

@@ -24,6 +24,7 @@ from llmopt_kernels.launching import (
     check_last_contiguous,
     check_launchable,
     check_shape,
+    check_writable,
     launch,
     runs_kernel,
 )
@@ -224,6 +225,7 @@ def _check(
         check_shape("residual", residual, x.shape)
         check_dtype("residual", residual, (x.dtype,))
         check_last_contiguous("residual", residual)
+        check_writable("residual", residual)
     if not eps > 0:
         raise ValueError(f"eps is {eps}; it must be positive")
     check_output(dtype, scale)

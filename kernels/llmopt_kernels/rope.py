@@ -19,6 +19,7 @@ from llmopt_kernels.launching import (
     check_last_contiguous,
     check_launchable,
     check_shape,
+    check_writable,
     launch,
     runs_kernel,
 )
@@ -73,7 +74,7 @@ def _rope_kernel(
     BLOCK_HEADS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    heads = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
     j = tl.arange(0, BLOCK_HALF)
     position = tl.load(positions_ptr + token).to(tl.int64)
     cos = tl.load(cos_ptr + position * HALF + j, mask=j < HALF, other=0.0)[None, :]
@@ -95,7 +96,7 @@ def launch_rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
     _check(x, positions, cos, sin)
     check_launchable(x=x, positions=positions, cos=cos, sin=sin)
     num_tokens, num_heads, _ = x.shape
-    if num_tokens == 0:
+    if num_tokens == 0 or num_heads == 0 or cos.shape[1] == 0:
         return
     block = min(HEADS_PER_PROGRAM, triton.next_power_of_2(num_heads))
     launch(
@@ -119,6 +120,7 @@ def _check(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
     check_shape("x", x, (None, None, None))
     check_dtype("x", x, DTYPES)
     check_last_contiguous("x", x)
+    check_writable("x", x)
     check_shape("positions", positions, (x.shape[0],))
     check_dtype("positions", positions, (torch.int32, torch.int64))
     check_shape("cos", cos, (None, None))

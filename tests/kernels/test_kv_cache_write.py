@@ -146,6 +146,26 @@ def test_keys_and_values_interleaved_in_the_last_dimension(device):
     assert_as_reference(cache, expected, given, torch.bfloat16)
 
 
+def test_heads_that_lie_far_apart(device):
+    """Of the third head, head times stride is beyond 32 bits, in the cache and in the keys."""
+    given = problem(1, 1, 3, 64, 0, torch.bfloat16, device)[1]
+    given["slots"].fill_(5)
+    # The keys' heads are three rows of one storage, the cache's three of another.
+    for name in ("k", "v"):
+        storage = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+        far = storage.as_strided((1, 3, 64), (64, 2**30, 1))
+        given[name] = far.copy_(given[name])
+    parts = [
+        torch.empty(2**31 + 16 * 64, dtype=torch.bfloat16, device=device).as_strided(
+            (1, 16, 3, 64), (16 * 64, 64, 2**30, 1)
+        )
+        for _ in range(2)
+    ]
+    launch_kv_cache_write(**given, cache=PagedKV(*parts))
+    assert torch.equal(parts[0][0, 5], given["k"][0])
+    assert torch.equal(parts[1][0, 5], given["v"][0])
+
+
 def test_fp8_saturates(device):
     _, given = problem(2, 1, 1, 64, 0, torch.bfloat16, device)
     cache = filled("fp8", 16, 1, 64, torch.bfloat16, device)
@@ -201,6 +221,10 @@ def test_the_operation_takes_the_reference_on_a_cpu():
             "v has stride 2 in its last dimension",
         ),
         ({"q": torch.zeros(3, 2, 32)}, r"q has shape \[3, 2, 32\]"),
+        (
+            {"q": torch.zeros(1, 2, 64).bfloat16().expand(3, 2, 64)},
+            r"q has strides \(0, 64, 1\)",
+        ),
         ({"slots": torch.zeros(4, dtype=torch.int64)}, r"slots has shape \[4\]"),
         ({"slots": torch.zeros(3)}, "slots is float32; use int64, int32"),
         ({"slots": torch.zeros(6, dtype=torch.int64)[::2]}, r"slots has strides \(2,\)"),

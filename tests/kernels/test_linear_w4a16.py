@@ -286,6 +286,7 @@ def test_a_gpu_layout_on_a_cpu_takes_the_dequantized_product(dtype, monkeypatch)
         ({"x": torch.zeros(64, 3).half().T}, "x has stride 3 in its last dimension"),
         ({"x": torch.zeros(3, 64, device="meta").half()}, "x on meta, packed on cpu"),
         ({"bias": torch.zeros(21)}, r"bias has shape \[21\]; expected \[20\]"),
+        ({"bias": torch.zeros(20, dtype=torch.int64)}, "bias is int64; use"),
         ({"config": LinearConfig(16, 96, 1, 4, 2)}, "block_out is 96; use one of 64, 128"),
     ],
 )
@@ -313,6 +314,16 @@ def test_what_does_not_fit_the_kernel_is_refused(changes, words):
             lambda t: t.repeat(2, 1),
             r"zero_points has shape \[2, 128\]; expected \[1,",
         ),
+        ("scales", lambda t: t.int(), "scales is int32; use"),
+        ("scales", lambda t: t[:1].repeat(8, 1), "scales has 8 groups for 128 columns"),
+        ("scales", lambda t: t[:1].repeat(3, 1), "scales has 3 groups for 128 columns"),
+        ("bits", lambda bits: 2, "bits is 2; use one of 4, 8"),
+        (
+            "column_order",
+            lambda none: torch.arange(100),
+            r"column_order has shape \[100\]; expected \[128\]",
+        ),
+        ("column_order", lambda none: torch.arange(128).int(), "column_order is int32; use int64"),
         ("zero_points", lambda t: t.view(torch.uint8), "zero_points is uint8; use int32"),
     ],
 )

@@ -114,6 +114,10 @@ def test_the_operation_takes_the_reference_on_a_cpu(out):
         ({"weight": torch.zeros(64, device="meta")}, "weight on meta"),
         ({"residual": torch.zeros(3, 64).half()}, "residual is float16; use bfloat16"),
         ({"residual": torch.zeros(2, 64).bfloat16()}, r"residual has shape \[2, 64\]"),
+        (
+            {"residual": torch.zeros(1, 64).bfloat16().expand(3, 64)},
+            r"residual has strides \(0, 1\)",
+        ),
         ({"eps": 0.0}, "eps is 0.0; it must be positive"),
         ({"eps": float("nan")}, "eps is nan"),
         ({"dtype": torch.float8_e5m2}, "dtype is float8_e5m2; use bfloat16, float16"),

@@ -43,12 +43,32 @@ def test_the_operation_takes_the_reference_on_a_cpu():
     assert relative_error(wide, expected) <= TOLERANCE[torch.bfloat16]
 
 
+def test_heads_that_lie_far_apart(device):
+    """Of the third head, head times stride is beyond 32 bits."""
+    _, positions, cos, sin = problem(1, 3, 64, 64, torch.bfloat16, device)
+    storage = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    x = storage.as_strided((1, 3, 64), (64, 2**30, 1))
+    x.copy_(torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)))
+    expected = rope_reference(x, positions, cos, sin)
+    launch_rope(x, positions, cos, sin)
+    assert relative_error(x, expected) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("heads", "rotary_dim"), [(0, 64), (2, 0)])
+def test_nothing_to_rotate(heads, rotary_dim, device):
+    x = torch.ones(3, heads, 64, device=device)
+    tables = torch.zeros(50, rotary_dim // 2, device=device)
+    launch_rope(x, torch.zeros(3, dtype=torch.int32, device=device), tables, tables)
+    assert bool((x == 1).all())
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"x": torch.zeros(3, 2, 64, dtype=torch.float64)}, "x is float64; use bfloat16"),
         ({"x": torch.zeros(3, 64)}, r"x has shape \[3, 64\]; expected \[\*, \*, \*\]"),
         ({"x": torch.zeros(3, 64, 2).transpose(1, 2)}, "stride 2 in its last dimension"),
+        ({"x": torch.zeros(1, 2, 64).expand(3, 2, 64)}, r"x has strides \(0, 64, 1\)"),
         ({"x": torch.zeros(3, 2, 32)}, "tables rotate 64 channels, x has 32"),
         ({"positions": torch.zeros(4, dtype=torch.int32)}, r"positions has shape \[4\]"),
         ({"sin": torch.zeros(50, 16)}, r"sin has shape \[50, 16\]; expected \[50, 32\]"),
