@@ -75,8 +75,8 @@ def attention_decode(
         num_queries: tokens a sequence.
         tree_mask: ``(sequences, num_queries) int64``, which of the queries a query sees, as bits
             (``pack_tree_mask``); its own bit is usually set. None is a chain.
-        window: positions that a query sees, its own included. In a tree a query's position is the
-            number of tokens before the tree plus its ancestors.
+        window: positions that a query sees, its own included; up to 2**30. In a tree a query's
+            position is the number of tokens before the tree plus its ancestors.
         softcap: bound of the scores.
         sinks: ``(q_heads,)`` a logit of each head that joins the denominator.
         scale: of the scores; None is ``head_dim ** -0.5``.
@@ -86,7 +86,7 @@ def attention_decode(
         recent_lengths: of ``recent``.
         num_splits: parts of a sequence that are worked on at once; None chooses.
         return_lse: give the log-sum-exp too.
-        check_values: read the block tables and hold that they are in range; for debugging.
+        check_values: read lengths and block tables and hold that they are in range; for debugging.
 
     Returns:
         ``(sequences * num_queries, q_heads, head_dim)`` in the type of ``q``; with ``return_lse``
@@ -137,7 +137,10 @@ def attention_decode_reference(
         scores = torch.einsum("qhd,khd->hqk", q, k) * p.scale
         if p.softcap is not None:
             scores = p.softcap * torch.tanh(scores / p.softcap)
-        scores = scores.masked_fill(~_visible(p, index, k.shape[0]), -torch.inf)
+        visible = _visible(p, index, k.shape[0])
+        scores = scores.masked_fill(~visible, -torch.inf)
+        # What nobody sees, the padding of a tree, may hold anything: 0 times NaN would be NaN.
+        v = v.masked_fill(~visible.any(0)[:, None, None], 0.0)
         sinks = scores.new_full(scores.shape[:1], -torch.inf)
         if p.sinks is not None:
             sinks = p.sinks.to(dtype)
@@ -222,18 +225,20 @@ def _decode_kernel(
     WIDTH_1: tl.constexpr = HEAD_DIM - WIDTH_0
     EIGHT_BIT: tl.constexpr = KIND == "fp8" or KIND == "int8"
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    kv_head = tl.program_id(0) // num_row_blocks
-    sequence = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
+    # Sequences are on the first axis of the grid: the others end at 65535.
+    row_block = tl.program_id(0) % num_row_blocks
+    kv_head = tl.program_id(0) // num_row_blocks % num_kv_heads
+    sequence = (tl.program_id(0) // (num_row_blocks * num_kv_heads)).to(tl.int64)
+    split = tl.program_id(1)
 
-    row = tl.program_id(0) % num_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = row < num_queries * GROUP
     query = row // GROUP
     head = kv_head * GROUP + row % GROUP
     token = sequence * num_queries + query
     column_0 = tl.arange(0, BLOCK_0)
     column_1 = tl.arange(0, BLOCK_1)
-    q_row_ptr = q_ptr + token * stride_q_token + head * stride_q_head
+    q_row_ptr = q_ptr + token * stride_q_token + head.to(tl.int64) * stride_q_head
     q_0 = tl.load(
         q_row_ptr[:, None] + column_0[None, :],
         mask=is_row[:, None] & (column_0 < WIDTH_0)[None, :],
@@ -254,6 +259,10 @@ def _decode_kernel(
     if tree_ptr is not None:
         tree = tl.load(tree_ptr + token, mask=is_row, other=0)
         position = first_query + _count_bits(tree) - 1
+        seen_of_tree = tl.reduce(tree, 0, _or)
+    else:  # of a chain, a block of rows sees up to its last query
+        last_query = tl.minimum(row_block * BLOCK_M + BLOCK_M - 1, num_queries * GROUP - 1) // GROUP
+        length = tl.minimum(length, first_query + last_query + 1)
     first_token = 0
     if window is not None:
         lowest = tl.min(tl.where(is_row, position, 2147483647), 0) - window + 1
@@ -276,6 +285,11 @@ def _decode_kernel(
         tokens = tile + tl.arange(0, BLOCK_N)
         # A page that has left the window may have been given away: its tokens are not read.
         readable = (tokens >= first_token) & (tokens < end)
+        tail = tokens - first_query
+        if tree_ptr is not None:
+            # Nor are tokens that no row sees, the padding of a tree: 0 times NaN would be NaN.
+            bit = tl.minimum(tl.maximum(tail, 0), 63).to(tl.int64)
+            readable = readable & ((tail < 0) | (((seen_of_tree >> bit) & 1) != 0))
         slot = tokens % PAGE
         next_page = find_pages(table_row_ptr, tile + BLOCK_N, first_token, end, BLOCK_N, PAGE)
         keys_0 = load_keys(
@@ -295,9 +309,7 @@ def _decode_kernel(
         if softcap is not None:
             scores = softcap * _tanh(scores / softcap)
 
-        tail = tokens - first_query
         if tree_ptr is not None:
-            bit = tl.minimum(tl.maximum(tail, 0), 63).to(tl.int64)
             visible = (tail < 0)[None, :] | (((tree[:, None] >> bit[None, :]) & 1) != 0)
         else:
             visible = tail[None, :] <= query[:, None]
@@ -335,20 +347,25 @@ def _decode_kernel(
             )  # fmt: skip
         if KIND == "int8":
             by_token = token_scale(v_scale_ptr, page, slot, readable, kv_head, num_kv_heads, PAGE)
-            p *= by_token[None, :]
+            if tl.float16 == DTYPE:  # probabilities times a small scale underflow
+                values_0 = (values_0.to(tl.float32) * by_token[:, None]).to(DTYPE)
+                values_1 = (values_1.to(tl.float32) * by_token[:, None]).to(DTYPE)
+            else:
+                p *= by_token[None, :]
         p = p.to(DTYPE)
         out_0 = tl.dot(p, values_0, out_0 * shrink[:, None])
         out_1 = tl.dot(p, values_1, out_1 * shrink[:, None])
         page = next_page
 
-    seen = is_row & (denominator > 0.0)
-    safe = tl.where(denominator > 0.0, denominator, 1.0)
+    empty = denominator == 0.0  # NaN is not: it is passed on
+    safe = tl.where(empty, 1.0, denominator)
     factor = (head_scale(v_scale_ptr, kv_head, KIND) / safe)[:, None]
     at = (first_part + split).to(tl.int64) * num_rows + token * (num_kv_heads * GROUP) + head
-    lse = tl.where(denominator > 0.0, largest + tl.log2(safe), -float("inf"))
+    lse = tl.where(empty, -float("inf"), largest + tl.log2(safe))
     tl.store(lse_ptr + at, lse, mask=is_row)
     # An empty part says so by its lse; its output is not written and not read.
     out_row_ptr = (out_ptr + at * HEAD_DIM)[:, None]
+    seen = is_row & (denominator != 0.0)
     mask_0 = seen[:, None] & (column_0 < WIDTH_0)[None, :]
     mask_1 = seen[:, None] & (column_1 < WIDTH_1)[None, :]
     if EIGHT_BIT:  # even and odd channels
@@ -362,6 +379,11 @@ def _decode_kernel(
 @triton.jit
 def _tanh(x):
     return 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))
+
+
+@triton.jit
+def _or(x, y):
+    return x | y
 
 
 @triton.jit
@@ -445,6 +467,7 @@ def launch_attention_decode(
     problem: DecodeProblem,
     num_splits: int | None = None,
     config: DecodeConfig | None = None,
+    check_values: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by the kernels; reads no values, so a CUDA graph may capture it.
 
@@ -452,11 +475,12 @@ def launch_attention_decode(
         problem: what to compute.
         num_splits: parts of the first store; None chooses.
         config: of the kernel over the first store; None is the shipped one.
+        check_values: read lengths and block tables, and hold that they are in range.
 
     Raises:
         ValueError: shape, element type, stride, device or number that does not fit.
     """
-    check_problem(problem)
+    check_problem(problem, check_values)
     p, (num_tokens, num_heads, head_dim) = problem, problem.q.shape
     tensors = {f"{n}{i}": t for i, s in enumerate(p.stores) for n, t in s.cache.tensors().items()}
     tables = {f"block_table{i}": s.block_table for i, s in enumerate(p.stores)}
@@ -504,7 +528,7 @@ def _launch_store(
     width_0, block_0, block_1 = _column_ranges(cache.kind, cache.head_dim)
     launch(
         _decode_kernel,
-        (cache.num_kv_heads * num_row_blocks, p.num_sequences, num_splits),
+        (p.num_sequences * cache.num_kv_heads * num_row_blocks, num_splits),
         p.q,
         partial_out,
         partial_lse,

@@ -54,7 +54,7 @@ def _merge_kernel(
             partial_out_ptr
             + (part.to(tl.int64) * num_rows + row)[:, None] * HEAD_DIM
             + channel[None, :],
-            mask=(lse > -float("inf"))[:, None] & (channel < HEAD_DIM)[None, :],
+            mask=(lse != -float("inf"))[:, None] & (channel < HEAD_DIM)[None, :],
             other=0.0,
         )
         new_largest = tl.maximum(largest, tl.max(lse, 0))
@@ -64,7 +64,7 @@ def _merge_kernel(
         total = total * shrink + tl.sum(weight[:, None] * out, 0)
         denominator = denominator * shrink + tl.sum(weight, 0)
         largest = new_largest
-    seen = denominator > 0.0
+    seen = denominator != 0.0  # of NaN too, which is passed on
     safe = tl.where(seen, denominator, 1.0)
     tl.store(
         out_ptr + row * HEAD_DIM + channel,

@@ -12,6 +12,7 @@ from llmopt_kernels.paged_kv import PagedKV, check_block_table, check_cache
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_TREE_QUERIES = 64
+MAX_WINDOW = 1 << 30  # positions less a window stay within 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ def check_problem(problem: DecodeProblem, check_values: bool = False) -> None:
     for index, store in enumerate(p.stores):
         _check_store(p, store, "" if index == 0 else "recent_")
         if check_values:
+            _check_lengths("kv_lengths" if index == 0 else "recent_lengths", store.lengths)
             check_block_table(store.block_table, store.lengths, store.cache)
     if len(p.stores) == 2 and p.stores[1].cache.kind != "16-bit":
         raise ValueError(f"recent is {p.stores[1].cache.kind}; it must be 16-bit")
@@ -95,12 +97,14 @@ def check_problem(problem: DecodeProblem, check_values: bool = False) -> None:
             f"q has {p.q.shape[0]} tokens; {p.num_sequences} sequences of {p.num_queries} queries"
             f" have {p.num_sequences * p.num_queries}"
         )
-    if p.q.shape[1] == 0 or p.q.shape[1] % first.num_kv_heads:
+    if not (p.q.shape[1] and first.num_kv_heads) or p.q.shape[1] % first.num_kv_heads:
         raise ValueError(f"{p.q.shape[1]} query heads do not share {first.num_kv_heads} kv heads")
     for name in ("window", "softcap", "scale", "max_kv_length"):
         value = getattr(p, name)
         if value is not None and not value > (-1 if name == "max_kv_length" else 0):
             raise ValueError(f"{name} is {value}; it must be positive")
+    if p.window is not None and p.window > MAX_WINDOW:
+        raise ValueError(f"window is {p.window}; the most is {MAX_WINDOW}")
     if p.sinks is not None:
         check_shape("sinks", p.sinks, (p.q.shape[1],))
         check_dtype("sinks", p.sinks, (torch.float32, *DTYPES))
@@ -131,6 +135,12 @@ def _check_store(problem: DecodeProblem, store: CachedTokens, prefix: str) -> No
     check_shape(name, store.lengths, (problem.num_sequences,))
     check_dtype(name, store.lengths, (torch.int32,))
     check_last_contiguous(name, store.lengths)
+
+
+def _check_lengths(name: str, lengths: Tensor) -> None:
+    if bool((lengths < 0).any()):
+        row = int((lengths < 0).int().argmax())
+        raise ValueError(f"{name}[{row}] is {int(lengths[row])}; it must not be negative")
 
 
 def _check_tree(problem: DecodeProblem, tree_mask: Tensor) -> None:

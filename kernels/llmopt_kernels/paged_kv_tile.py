@@ -52,25 +52,6 @@ def find_pages(table_row_ptr, start, first, end, BLOCK_N: tl.constexpr, PAGE: tl
 
 
 @triton.jit
-def locate(table_row_ptr, start, tokens, readable, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):
-    """Pages, as of ``find_pages``, and slots within them, ``(BLOCK_N,)``, of the tile at hand.
-
-    Args:
-        table_row_ptr: the sequence's row of the block table, int32.
-        start: first token of the tile, a multiple of ``BLOCK_N``.
-        tokens: ``start + arange(0, BLOCK_N)``.
-        readable: ``(BLOCK_N,)`` which tokens exist; at least one.
-        BLOCK_N: tokens a tile, a power of two.
-        PAGE: tokens a page.
-    """
-    if BLOCK_N <= PAGE:
-        page = tl.load(table_row_ptr + start // PAGE + tl.arange(0, 1))
-    else:
-        page = tl.load(table_row_ptr + tokens // PAGE, mask=readable, other=0)
-    return page.to(tl.int64), tokens % PAGE
-
-
-@triton.jit
 def head_scale(scale_ptr, head, KIND: tl.constexpr):
     """The scale of a whole kv head: that of fp8, 1 of the other kinds."""
     scale = 1.0
@@ -130,7 +111,7 @@ def load_keys(
         WIDTH: channels.
         BLOCK: ``WIDTH`` padded to a power of two.
     """
-    rows = page * stride_page + slot * stride_token + head * stride_head
+    rows = page * stride_page + slot.to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
     channel = tl.arange(0, BLOCK)
     is_channel = (channel < WIDTH)[:, None]
     mask = is_channel & readable[None, :]
@@ -175,7 +156,7 @@ def load_values(
     Tokens that are not readable are 0, so that a probability of 0 times them is 0. Arguments as of
     ``load_keys``; scale and minimum of int4 are by token.
     """
-    rows = page * stride_page + slot * stride_token + head * stride_head
+    rows = page * stride_page + slot.to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
     channel = tl.arange(0, BLOCK)
     mask = readable[:, None] & (channel < WIDTH)[None, :]
     if KIND == "int4":
@@ -213,7 +194,7 @@ def load_values_of_pairs(
     channels as one element and split them in registers. By bytes it would take a load a value. The
     compiler reads once for both halves. Strides must be even; else as ``load_values``.
     """
-    rows = page * stride_page + slot * stride_token + head * stride_head
+    rows = page * stride_page + slot.to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
     pair = tl.arange(0, BLOCK)
     row_ptr = (v_ptr + rows).to(tl.pointer_type(tl.int16), bitcast=True)
     mask = readable[:, None] & (pair < HEAD_DIM // 2)[None, :]

@@ -199,6 +199,54 @@ def test_keys_and_values_interleaved_as_vllm_has_them(device):
     hold(made)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN")  # the interpreter's, of a tile that is NaN
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_is_passed_on(name, device):
+    made = problem((40, 40), q_heads=1, device=device)
+    store = made.stores[0]
+    if name == "q":
+        made.q[1, 0, 3] = math.nan
+    else:
+        getattr(store.cache, name)[store.block_table[1, 0].long(), 2, 0, 3] = math.nan
+    out, lse = launch_attention_decode(made, 2, CONFIG)
+    assert not out[0].isnan().any() and out[1, 0, 3].isnan()
+    assert bool(lse[1].isnan().all()) == (name != "v")
+
+
+def test_small_scales_of_int8_values_do_not_underflow(device):
+    made = problem((300,), "int8", dtype=torch.float16, device=device)
+    made.stores[0].cache.v_scale.mul_(1e-3)
+    hold(made)
+
+
+@pytest.mark.parametrize("num_queries", [3, 24])
+def test_tokens_of_a_tree_that_nobody_sees_may_be_nan(num_queries, device):
+    made = problem((45, 40), num_queries=num_queries, tree=True, device=device)
+    made.tree_mask[:, -1] = 0
+    made.tree_mask.bitwise_and_((1 << num_queries - 1) - 1)
+    store = made.stores[0]
+    for row, length in enumerate((45, 40)):
+        page = store.block_table[row, (length - 1) // 16].long()
+        store.cache.v[page, (length - 1) % 16] = math.nan
+    hold(made)
+
+
+def test_many_sequences_are_on_the_first_axis_of_the_grid():
+    made = moved(problem((1,) * 4), "meta")
+    with compiling_nothing() as launches:
+        launch_attention_decode(made, 2)
+    assert launches[0][1] == (4, 2)
+
+
+def test_numbers_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="the most is 1073741824"):
+        call(problem(), window=2**31 - 1)
+    made = problem()
+    made.stores[0].lengths[1] = -1
+    with pytest.raises(ValueError, match=r"kv_lengths\[1\] is -1"):
+        launch_attention_decode(made, check_values=True)
+
+
 def test_no_sequences(device):
     made = problem((1,), device=device)
     store = made.stores[0]

@@ -82,3 +82,12 @@ def cases() -> Iterator[Case]:
     gemma = {"group": 2, "window": 4096, "softcap": 50.0}
     yield Case(f"{name} 256 window, soft cap", launcher("16-bit", 256, **gemma), True)
     yield Case("attention_decode int4 128 recent", launcher("int4", 128, recent=True), True)
+    # What has spilled before.
+    chain = {"num_queries": 8}
+    yield Case(f"{name} 128 chain of 8", launcher("16-bit", 128, **chain), True)
+    capped = {"num_queries": 8, "window": 4096, "softcap": 30.0}
+    name = "attention_decode int8"
+    yield Case(f"{name} 128 chain of 8, window, cap", launcher("int8", 128, **capped), True)
+    yield Case(f"{name} 128 float16", launcher("int8", 128, dtype=torch.float16), True)
+    yield Case(f"{name} 256 tree of 64", launcher("int8", 256, num_queries=64, tree=True), True)
+    yield Case("attention_decode int4 256 pages of 16", launcher("int4", 256, page_size=16), True)
