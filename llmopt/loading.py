@@ -60,8 +60,8 @@ def load(
         if isinstance(module, nn.Linear) and disk_name in quantized:
             bias_name = structure.disk_names.get(f"{name}.bias")
             bias = None if bias_name is None else source.read(bias_name)
-            packed = QuantizedLinear(source.read_quantized(disk_name), bias, dtype)
-            model.set_submodule(name, packed.to(device))
+            tensor = source.read_quantized(disk_name)
+            model.set_submodule(name, QuantizedLinear(tensor, bias, dtype, device))
     for name, disk_name in structure.disk_names.items():
         owner, _, key = name.rpartition(".")
         if not isinstance(model.get_submodule(owner), QuantizedLinear):

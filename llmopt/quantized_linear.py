@@ -38,6 +38,7 @@ class QuantizedLinear(nn.Module):
         bias: ``(out,)`` or ``None``.
         dtype: element type of the scales in the CPU layout: that of the input to come. A later
             ``.to(dtype)`` converts them as it does any floating buffer.
+        device: where it lives; the weight is laid out there, once, for that device's kernel.
     """
 
     packed: Tensor
@@ -48,24 +49,30 @@ class QuantizedLinear(nn.Module):
     column_order: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        tensor: QuantizedTensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = tensor.shape
         self.scheme = tensor.scheme
         for part in (*_PARTS, "bias"):
             self.register_buffer(part, None)
         weight = PackedWeight(
-            packed=pack_codes(tensor.codes, tensor.scheme.bits),
+            packed=pack_codes(tensor.codes.to(device), tensor.scheme.bits),
             bits=tensor.scheme.bits,
             in_features=self.in_features,
-            scales=tensor.scales.clone(),
-            zero_points=tensor.zero_points,
-            group_index=tensor.group_index,
+            scales=tensor.scales.to(device, copy=True),
+            zero_points=_moved(tensor.zero_points, device),
+            group_index=_moved(tensor.group_index, device),
         )
         self.refusals = kernel_refusals(weight)
         self._hold(weight)
         self._settle(dtype)
-        self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
+        self.bias = None if bias is None else bias.detach().to(device, dtype, copy=True)
 
     @property
     def weight(self) -> PackedWeight | CpuInt4Weight | GpuWeight:
@@ -150,6 +157,10 @@ class QuantizedLinear(nn.Module):
         self.layout = type(weight)
         for part in _PARTS:
             setattr(self, part, getattr(weight, part, None))
+
+
+def _moved(part: Tensor | None, device: torch.device | str) -> Tensor | None:
+    return None if part is None else part.to(device)
 
 
 def kernel_refusals(weight: PackedWeight) -> dict[_Layout, str | None]:

@@ -20,7 +20,7 @@ from llmopt.quantization.scheme import Scheme
 from llmopt.quantized_linear import QuantizedLinear, kernel_refusals, layout_for
 from llmopt_kernels import launching
 from llmopt_kernels.cpu_int4 import CpuInt4Weight
-from llmopt_kernels.gpu_weight import GpuWeight
+from llmopt_kernels.gpu_weight import GpuWeight, from_gpu_weight
 from llmopt_kernels.packed_weight import PackedWeight
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -256,6 +256,17 @@ def test_a_layer_goes_to_the_gpu_layout_and_back(monkeypatch, symmetric, indexed
     assert isinstance(linear.weight, PackedWeight if indexed else CpuInt4Weight)
     assert linear.column_order is None
     torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_made_for_a_gpu_keeps_its_scales(monkeypatch):
+    """Laid out for the CPU first, they would be rounded to the type of the input."""
+    tensor, _ = linear_of(Scheme(bits=4, group_size=32, symmetric=False))
+    scales = torch.rand(tensor.scales.shape, generator=torch.Generator().manual_seed(2)) + 0.1
+    tensor = replace(tensor, scales=scales)
+    as_if_on_a_gpu(monkeypatch)
+    linear = QuantizedLinear(tensor, None, torch.bfloat16, "cpu")
+    assert isinstance(linear.weight, GpuWeight)
+    assert torch.equal(from_gpu_weight(linear.weight).scales, scales)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter serves where no GPU does")

@@ -17,8 +17,11 @@ _compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
 
 
 def runs_kernel(tensor: Tensor) -> bool:
-    """Whether an operation on ``tensor`` goes through its kernel; on a CPU the reference serves."""
-    return tensor.device.type != "cpu"
+    """Whether an operation on ``tensor`` goes through its kernel; elsewhere the reference serves.
+
+    torch calls AMD's GPUs ``cuda`` too.
+    """
+    return tensor.device.type == "cuda" or _compiled.get() is not None
 
 
 def launch(kernel: Any, grid: Grid, *arguments: object, **options: object) -> None:
@@ -54,17 +57,30 @@ def check_launchable(**tensors: Tensor | None) -> None:
     """Hold that all tensors are on one device that can run a kernel.
 
     Raises:
-        ValueError: several devices, or a CPU without triton's interpreter.
+        ValueError: several devices, a CPU without triton's interpreter, or fp8 on a GPU without it.
     """
     devices = {name: str(t.device) for name, t in tensors.items() if t is not None}
     if len(set(devices.values())) > 1:
         raise ValueError(f"tensors are on several devices: {_listed(devices)}")
+    for name, tensor in tensors.items():
+        if tensor is None or not tensor.is_cuda or tensor.dtype != torch.float8_e4m3fn:
+            continue
+        if refusal := fp8_refusal(torch.cuda.get_device_capability(tensor.device)):
+            raise ValueError(f"{name} is float8_e4m3fn: {refusal}")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if "cpu" in devices.values() and not interpreted:
         raise ValueError(
             "a kernel runs on a GPU and the tensors are on the CPU; call the operation itself, "
             "which takes the reference there, or set TRITON_INTERPRET=1 before triton is imported"
         )
+
+
+def fp8_refusal(capability: tuple[int, int]) -> str | None:
+    """Why kernels cannot read or write fp8 e4m3 on a chip; ``None`` if they can."""
+    if capability >= (8, 9):
+        return None
+    major, minor = capability
+    return f"this GPU has compute capability {major}.{minor}, and fp8 needs 8.9"
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:

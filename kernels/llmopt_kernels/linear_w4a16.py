@@ -1,6 +1,8 @@
 """``y = x @ W^T + b`` for a weight of packed codes and 16- or 32-bit activations.
 
-``W[i, j] = (code[i, j] - zero_point[i, g(j)]) * scale[i, g(j)]``, ``g(j)`` the group of column j.
+``W[i, j] = (code[i, j] - zero_point[i, g(j)]) * scale[i, g(j)]``, ``g(j)`` the group of column j,
+as GPTQ has it (arXiv:2210.17323); that small batches can be multiplied by such a weight as fast as
+its bytes are read is Marlin's point (arXiv:2408.11743).
 
 The kernel computes ``W @ x^T``: the weight is the operand that a matrix unit takes from registers,
 where it is unpacked, and ``x`` padded to 16 rows costs the unit time that it has. Codes become

@@ -16,6 +16,7 @@ from llmopt_kernels.gptq_columns import (
     gptq_columns_reference,
     launch_gptq_columns,
 )
+from llmopt_kernels.launching import compiling
 
 SMALL = ColumnsConfig(block_rows=16, columns_in_registers=4, num_warps=1)
 NEAR = 1e-4
@@ -144,7 +145,8 @@ def test_the_operation_takes_the_loop_on_a_cpu():
     assert torch.equal(arguments["codes"], codes)
     assert torch.allclose(arguments["errors"].double(), errors, atol=1e-5)
     assert columns_per_call(torch.empty(1)) == 32
-    assert columns_per_call(torch.empty(1, device="meta")) == 128
+    with compiling():
+        assert columns_per_call(torch.empty(1, device="meta")) == 128
 
 
 @pytest.mark.parametrize(

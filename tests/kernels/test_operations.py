@@ -69,3 +69,19 @@ def test_a_kernel_is_not_launched_on_a_cpu_outside_the_interpreter(
         check_launchable(x=torch.zeros(1))
     with pytest.raises(ValueError, match="x on cpu, y on meta"):
         check_launchable(x=torch.zeros(1), y=torch.zeros(1, device="meta"))
+
+
+def test_fp8_needs_a_chip_that_has_it() -> None:
+    from llmopt_kernels.launching import fp8_refusal
+
+    assert fp8_refusal((8, 9)) is None and fp8_refusal((9, 0)) is None
+    assert "8.0, and fp8 needs 8.9" in (fp8_refusal((8, 0)) or "")
+
+
+def test_only_a_gpu_takes_the_kernel() -> None:
+    from llmopt_kernels.launching import compiling, runs_kernel
+
+    meta = torch.zeros(1, device="meta")
+    assert not runs_kernel(torch.zeros(1)) and not runs_kernel(meta)
+    with compiling():
+        assert runs_kernel(meta)
