@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmopt_kernels.attention_merge import launch_merge
+from llmopt_kernels.attention_merge import MAX_SPLITS, choose_num_splits, launch_merge
 from llmopt_kernels.decode_problem import CachedTokens, DecodeProblem, check_problem
 from llmopt_kernels.launching import check_launchable, launch, runs_kernel
 from llmopt_kernels.paged_kv import Kind, PagedKV, gather
@@ -39,8 +39,6 @@ from llmopt_kernels.paged_kv_tile import (
     token_scale,
 )
 from llmopt_kernels.triton_or_stub import tl, triton
-
-MAX_SPLITS = 256
 
 
 def attention_decode(
@@ -447,20 +445,6 @@ def candidate_configs(
                 fits = block_n * _row_bytes(kind, head_dim) * (num_stages - 1) <= 128 * 1024
                 if fits and (kind != "int4" or block_n <= page_size):
                     yield DecodeConfig(block_n, num_warps, num_stages)
-
-
-def choose_num_splits(
-    num_sequences: int, num_kv_heads: int, num_row_blocks: int, num_tokens: int, num_sms: int
-) -> int:
-    """Parts of a sequence: enough programs for every multiprocessor, none of too few tokens.
-
-    Eight programs a multiprocessor leave the last wave small. A part writes its rows' outputs in
-    float32 and the merge reads them back, which 256 tokens (1024 of a full block of rows) outweigh.
-    """
-    programs = max(1, num_sequences * num_kv_heads * num_row_blocks)
-    wanted = triton.cdiv(8 * num_sms, programs)
-    longest = triton.cdiv(num_tokens, 256 if num_row_blocks == 1 else 1024)
-    return int(max(1, min(wanted, longest, MAX_SPLITS)))
 
 
 def launch_attention_decode(

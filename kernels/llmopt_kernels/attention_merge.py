@@ -17,7 +17,22 @@ from torch import Tensor
 from llmopt_kernels.launching import launch
 from llmopt_kernels.triton_or_stub import tl, triton
 
+MAX_SPLITS = 256
 PARTS_PER_STEP = 16
+
+
+def choose_num_splits(
+    num_sequences: int, num_kv_heads: int, num_row_blocks: int, num_tokens: int, num_sms: int
+) -> int:
+    """Parts of a sequence: enough programs for every multiprocessor, none of too few tokens.
+
+    Eight programs a multiprocessor leave the last wave small. A part writes its rows' outputs in
+    float32 and the merge reads them back, which 256 tokens (1024 of a full block of rows) outweigh.
+    """
+    programs = max(1, num_sequences * num_kv_heads * num_row_blocks)
+    wanted = triton.cdiv(8 * num_sms, programs)
+    longest = triton.cdiv(num_tokens, 256 if num_row_blocks == 1 else 1024)
+    return int(max(1, min(wanted, longest, MAX_SPLITS)))
 
 
 @triton.jit
