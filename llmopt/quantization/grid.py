@@ -37,8 +37,9 @@ class Grid:
 def make_grid(values: Tensor, scheme: Scheme, scale_dtype: torch.dtype, clip: Clip) -> Grid:
     """The grid of each group in ``values (..., columns)``.
 
-    The range always includes zero, so zero is exact. ``none`` takes the whole range; ``mse``
-    shrinks it by the factor (of 29 from 1.0 down to 0.3) with the least squared error.
+    The range always includes zero, so zero is exact; zero points are at least 1. ``none`` takes
+    the whole range; ``mse`` shrinks it by the factor (of 29 from 1.0 down to 0.3) with the least
+    squared error.
 
     Raises:
         BadInputError: if ``scale_dtype`` is none of :data:`SCALE_DTYPES`.
@@ -77,7 +78,10 @@ def _range(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     if scheme.symmetric:
         high = torch.maximum(high, -low)
         return -high, high
-    return low.clamp(max=0.0), high.clamp(min=0.0)
+    high = high.clamp(min=0.0)
+    # Room for one code below zero, so that no zero point is 0: GPTQ's first file format stores
+    # zero points less one, and its readers disagree about what a stored -1 means.
+    return torch.minimum(low, -high / (scheme.max_code - 1)), high
 
 
 def _grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
@@ -91,7 +95,7 @@ def _grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch
     stored = torch.where(exact == 0, 1.0, exact.clamp(min=smallest)).to(scale_dtype)
     if scheme.symmetric:
         return Grid(stored, None)
-    zero_points = torch.round(-low / stored.float()).clamp_(0, scheme.max_code)
+    zero_points = torch.round(-low / stored.float()).clamp_(1, scheme.max_code)
     return Grid(stored, zero_points.to(torch.uint8))
 
 

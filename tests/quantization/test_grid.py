@@ -114,7 +114,25 @@ def test_an_asymmetric_range_includes_zero(sign):
     values = sign * torch.tensor([[5.0, 6.0, 7.0]])
     grid = make_grid(values, Scheme(4, None, False), torch.float32, "none")
     assert grid.zero_points is not None
-    assert grid.zero_points.tolist() == [0 if sign > 0 else 15]
+    assert grid.zero_points.tolist() == [1 if sign > 0 else 15]
+
+
+@given(
+    values=values,
+    bits=st.sampled_from(INT_BITS),
+    scale_dtype=scale_dtypes,
+    clip=st.sampled_from(["none", "mse"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_zero_points_are_at_least_one_and_the_largest_value_is_kept(
+    values, bits, scale_dtype, clip
+):
+    scheme = Scheme(bits, None, False)
+    grid = make_grid(values.abs(), scheme, scale_dtype, clip)
+    assert grid.zero_points is not None and bool((grid.zero_points >= 1).all())
+    if clip == "none":
+        reach = (scheme.max_code - grid.zero_points.double()) * grid.scales.double()
+        assert bool((reach >= values.abs().max() * (1 - torch.finfo(scale_dtype).eps)).all())
 
 
 def test_codes_are_chosen_for_the_stored_scale():
