@@ -63,16 +63,28 @@ def check_launchable(**tensors: Tensor | None) -> None:
     if len(set(devices.values())) > 1:
         raise ValueError(f"tensors are on several devices: {_listed(devices)}")
     for name, tensor in tensors.items():
-        if tensor is None or not tensor.is_cuda or tensor.dtype != torch.float8_e4m3fn:
-            continue
-        if refusal := fp8_refusal(torch.cuda.get_device_capability(tensor.device)):
-            raise ValueError(f"{name} is float8_e4m3fn: {refusal}")
+        if tensor is not None:
+            check_chip_has(name, tensor.dtype, tensor.device)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if "cpu" in devices.values() and not interpreted:
         raise ValueError(
             "a kernel runs on a GPU and the tensors are on the CPU; call the operation itself, "
             "which takes the reference there, or set TRITON_INTERPRET=1 before triton is imported"
         )
+
+
+def check_chip_has(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Hold that kernels on ``device`` can read and write elements of ``dtype``.
+
+    For outputs; ``check_launchable`` does it for inputs.
+
+    Raises:
+        ValueError: fp8 on a GPU without it; says which GPU.
+    """
+    if dtype != torch.float8_e4m3fn or device.type != "cuda":
+        return
+    if refusal := fp8_refusal(torch.cuda.get_device_capability(device)):
+        raise ValueError(f"{name} is float8_e4m3fn: {refusal}")
 
 
 def fp8_refusal(capability: tuple[int, int]) -> str | None:

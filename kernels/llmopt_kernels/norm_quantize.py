@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmopt_kernels.launching import (
+    check_chip_has,
     check_dtype,
     check_last_contiguous,
     check_launchable,
@@ -177,6 +178,7 @@ def launch_norm_quantize(
     dtype = x.dtype if dtype is None else dtype
     _check(x, weight, eps, residual, dtype, scale)
     check_launchable(x=x, weight=weight, residual=residual, scale=scale)
+    check_chip_has("dtype", dtype, x.device)
     num_tokens, hidden = x.shape
     out, scales = new_output(num_tokens, hidden, dtype, scale, x)
     if num_tokens == 0:

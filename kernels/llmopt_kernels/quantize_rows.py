@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmopt_kernels.launching import (
+    check_chip_has,
     check_choice,
     check_dtype,
     check_last_contiguous,
@@ -171,6 +172,7 @@ def launch_quantize_rows(
     """
     _check(x, dtype, group)
     check_launchable(x=x)
+    check_chip_has("dtype", dtype, x.device)
     num_tokens, num_columns = x.shape
     codes = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     if group is None:
@@ -204,6 +206,7 @@ def launch_quantize_by(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         check_shape("scales", scales, (num_tokens, num_groups))
         strides = (scales.stride(0), scales.stride(1) if by_group else 0)
     check_launchable(x=x, scales=scales)
+    check_chip_has("dtype", dtype, x.device)
     codes = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     _launch_groups(x, codes, scales, strides, given=True)
     return codes

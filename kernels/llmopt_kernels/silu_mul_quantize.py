@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llmopt_kernels.launching import (
+    check_chip_has,
     check_choice,
     check_dtype,
     check_last_contiguous,
@@ -170,6 +171,7 @@ def launch_silu_mul_quantize(
     dtype = gate_up.dtype if dtype is None else dtype
     _check(gate_up, activation, dtype, scale)
     check_launchable(gate_up=gate_up, scale=scale)
+    check_chip_has("dtype", dtype, gate_up.device)
     num_tokens, n = gate_up.shape[0], gate_up.shape[1] // 2
     out, scales = new_output(num_tokens, n, dtype, scale, gate_up)
     if num_tokens == 0:

@@ -9,7 +9,6 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 
 import llmopt_kernels
 
@@ -57,31 +56,3 @@ def test_every_operation_is_compiled_ahead_of_time_and_benchmarked() -> None:
         there = {file.stem for file in (kernels / folder).glob("[!_]*.py")}
         owed = {getattr(llmopt_kernels, name).__module__ for name in llmopt_kernels.__all__}
         assert {name.rpartition(".")[2] for name in owed} == there
-
-
-def test_a_kernel_is_not_launched_on_a_cpu_outside_the_interpreter(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from llmopt_kernels.launching import check_launchable
-
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="call the operation itself"):
-        check_launchable(x=torch.zeros(1))
-    with pytest.raises(ValueError, match="x on cpu, y on meta"):
-        check_launchable(x=torch.zeros(1), y=torch.zeros(1, device="meta"))
-
-
-def test_fp8_needs_a_chip_that_has_it() -> None:
-    from llmopt_kernels.launching import fp8_refusal
-
-    assert fp8_refusal((8, 9)) is None and fp8_refusal((9, 0)) is None
-    assert "8.0, and fp8 needs 8.9" in (fp8_refusal((8, 0)) or "")
-
-
-def test_only_a_gpu_takes_the_kernel() -> None:
-    from llmopt_kernels.launching import compiling, runs_kernel
-
-    meta = torch.zeros(1, device="meta")
-    assert not runs_kernel(torch.zeros(1)) and not runs_kernel(meta)
-    with compiling():
-        assert runs_kernel(meta)
