@@ -28,7 +28,8 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
         for index in range(1, 8 // bits):
             stream |= per_byte[..., index] << (index * bits)
     # Little-endian: the first byte of a word is its lowest, as on every machine torch runs on.
-    return stream.contiguous().view(torch.int32)[:, :words].contiguous()
+    # Flattened first: contiguous() leaves odd strides where a dimension is 1.
+    return stream.reshape(-1).view(torch.int32).view(rows, -1)[:, :words].contiguous()
 
 
 def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:

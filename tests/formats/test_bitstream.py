@@ -39,3 +39,9 @@ def test_packing_transposed_is_the_librarys_packing_along_rows(case, seed):
 def test_every_code_survives_at_every_place(bits):
     codes = torch.arange(1 << bits, dtype=torch.uint8).unsqueeze(1).repeat(1, 33)
     assert torch.equal(unpack_rows(pack_rows(codes, bits), bits, 33), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_one_row_that_is_laid_out_as_a_column_packs_as_any_row(bits):
+    column = random_codes(bits, 64, 1, seed=bits)
+    assert torch.equal(pack_rows(column.t(), bits), pack_rows(column.reshape(1, 64), bits))
