@@ -11,8 +11,7 @@ from llmopt.checkpoint.structure import ModelStructure
 from llmopt.errors import BadInputError, ContractError
 from llmopt.formats import FORMATS
 from llmopt.formats.base import Format
-from llmopt.formats.consumers import Consumer as ConsumerRow
-from llmopt.formats.consumers import load_consumers
+from llmopt.formats.consumers import FormatSupport, load_consumers
 from llmopt.quantization.scheme import Scheme
 from llmopt.recipe import QuantizeStage, Recipe, matches
 from llmopt.report.schema import Consumer, ContractCheck
@@ -164,13 +163,17 @@ def _consumer(
             f"unknown consumer {name!r}{_nearest(name, list(known))}",
             f"choose among {', '.join(known)}",
         )
-    consumer = known[name]
+    support = known[name].formats.get(recipe.output.format)
+    if support is None:
+        lacks = known[name].lacks.get(recipe.output.format, "it knows no such format")
+        check = _check("format", [f"it does not open {recipe.output.format}: {lacks}"], "")
+        return Consumer(name=name, version=known[name].version, checks=(check,))
     kernel_faults: dict[str, None] = {}
     for members in _shared_inputs(structure):
         fused = [member for member in members if member in schemes]
         if not fused:
             continue
-        faults = consumer.refusals(
+        faults = support.refusals(
             schemes[fused[0]],
             in_features=_shape(structure, fused[0])[1],
             out_features_fused=sum(_shape(structure, member)[0] for member in fused),
@@ -180,19 +183,19 @@ def _consumer(
             shard="out" if len(members) > 1 else "in",
         )
         kernel_faults.update(dict.fromkeys(faults))
-    mixture = consumer.mixture_refusal(schemes.values())
+    mixture = support.mixture_refusal(schemes.values())
     checks = [
-        _check("kernels", list(kernel_faults), _proof(consumer, schemes)),
+        _check("kernels", list(kernel_faults), _proof(support, schemes)),
         _check("schemes together", [mixture] if mixture else [], "may stand in one checkpoint"),
     ]
-    if consumer.fuses_shared_inputs:
+    if support.fuses_shared_inputs:
         mixed = list(_mixed_groups(structure, assigned))
         checks.append(_check("fused layers", mixed, "one scheme for q/k/v and for gate/up"))
-    return Consumer(name=name, version=consumer.version, checks=tuple(checks))
+    return Consumer(name=name, version=support.version, checks=tuple(checks))
 
 
-def _proof(consumer: ConsumerRow, schemes: Mapping[str, Scheme]) -> str:
-    if all(consumer.proven(scheme) for scheme in schemes.values()):
+def _proof(support: FormatSupport, schemes: Mapping[str, Scheme]) -> str:
+    if all(support.proven(scheme) for scheme in schemes.values()):
         return "a kernel exists for every layer"
     return "a kernel exists for every layer (read in the engine's source, not run)"
 

@@ -1,4 +1,4 @@
-"""What each consumer accepts, as data (``consumers.yaml``), and why it refuses the rest."""
+"""What each consumer accepts of each format, as data (``consumers.yaml``), and why not the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmopt.quantization.scheme import ActivationOrder, IntBits, Scheme
 
@@ -25,6 +25,7 @@ _Refused = Literal[
     "in_multiple",
     "out_multiple",
     "mixed_schemes",
+    "checkpoint_format",
 ]
 
 
@@ -49,10 +50,9 @@ class Accepted(_Section):
         )
 
 
-class Consumer(_Section):
-    """One consumer at one version; the head of ``consumers.yaml`` explains the keys."""
+class FormatSupport(_Section):
+    """What one consumer does with one format; the head of ``consumers.yaml`` explains the keys."""
 
-    title: str
     versions: dict[str, str]
     accepts: tuple[Accepted, ...]
     activation_orders: tuple[ActivationOrder, ...]
@@ -61,6 +61,7 @@ class Consumer(_Section):
     out_multiple: int = Field(gt=0)
     mixed_schemes: bool
     fuses_shared_inputs: bool
+    checkpoint_formats: tuple[str, ...] | None = None
     reasons: dict[_Refused, str]
 
     def proven(self, scheme: Scheme) -> bool:
@@ -116,6 +117,12 @@ class Consumer(_Section):
             return None
         return f"several schemes in one checkpoint: {self.reasons['mixed_schemes']}"
 
+    def checkpoint_format_refusal(self, checkpoint_format: str | None) -> str | None:
+        """Why it would not open this variant of the format, or ``None``."""
+        if self.checkpoint_formats is None or checkpoint_format in (None, *self.checkpoint_formats):
+            return None
+        return f"checkpoint_format {checkpoint_format}: {self.reasons['checkpoint_format']}"
+
     def _scheme_refusals(self, scheme: Scheme, dtype: torch.dtype) -> list[str]:
         reasons = self.reasons
         refused: list[str] = []
@@ -137,8 +144,38 @@ class Consumer(_Section):
         return refused
 
 
+class Consumer(_Section):
+    """One consumer: what it does with each format that it opens, and why not with the others.
+
+    Attributes:
+        title: its name for a reader.
+        formats: by the name that recipes use.
+        lacks: why it does not open the formats that are not among them.
+    """
+
+    title: str
+    formats: dict[str, FormatSupport]
+    lacks: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _check_formats(self) -> Consumer:
+        if both := self.formats.keys() & self.lacks.keys():
+            raise ValueError(f"{self.title} opens and lacks {', '.join(sorted(both))}")
+        return self
+
+    @property
+    def version(self) -> str:
+        """The versions that the facts are of, over all formats, in words."""
+        versions = {
+            package: version
+            for support in self.formats.values()
+            for package, version in support.versions.items()
+        }
+        return ", ".join(f"{package} {version}" for package, version in versions.items())
+
+
 class _Table(_Section):
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     consumers: dict[str, Consumer]
 
 

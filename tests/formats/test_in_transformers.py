@@ -90,9 +90,12 @@ def test_asymmetric_weights_open_only_dequantized_as_the_table_says(tmp_path):
         tmp_path, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
     assert torch.equal(opened, expected)
-    table = load_consumers()
-    assert table["transformers"].refusals(scheme, 64, 64, 1, torch.bfloat16) != []
-    assert table["transformers-dequantize"].refusals(scheme, 64, 64, 1, torch.bfloat16) == []
+    plain, dequantized = (
+        load_consumers()[name].formats["compressed-tensors"]
+        for name in ("transformers", "transformers-dequantize")
+    )
+    assert plain.refusals(scheme, 64, 64, 1, torch.bfloat16) != []
+    assert dequantized.refusals(scheme, 64, 64, 1, torch.bfloat16) == []
 
 
 def test_a_dequantized_source_has_the_names_and_weights_of_the_source(tmp_path):

@@ -69,7 +69,7 @@ def test_the_consumer_does_what_the_table_says(consumer: Consumer, folder: Path)
     assert isinstance(plain, Answer), plain
     floor = mean_difference(plain, reference(folder / "dense"))
 
-    table = load_consumers()[consumer.name]
+    table = load_consumers()[consumer.name].formats["compressed-tensors"]
     faults = []
     for scheme, answer in zip(SCHEMES, answers, strict=True):
         reasons = table.refusals(scheme, IN_FEATURES, FUSED_OUT_FEATURES, 1, torch.float16)
@@ -111,7 +111,7 @@ def agreement_fault(
 def test_the_table_speaks_of_the_versions_that_are_run(consumer: Consumer) -> None:
     (site_packages,) = consumer.python.parent.parent.glob("lib/python*/site-packages")
     installed = {d.metadata["Name"]: d.version for d in distributions(path=[str(site_packages)])}
-    told = load_consumers()[consumer.name].versions
+    told = load_consumers()[consumer.name].formats["compressed-tensors"].versions
     assert told == {package: installed[package] for package in told}
 
 
@@ -120,7 +120,7 @@ def test_every_row_that_claims_a_proof_has_one_here(name: str) -> None:
     tried = {(s.bits, s.symmetric, s.group_size or "channel") for s in SCHEMES}
     claimed = {
         (bits, row.symmetric, size)
-        for row in load_consumers()[name].accepts
+        for row in load_consumers()[name].formats["compressed-tensors"].accepts
         if row.proven
         for bits in row.bits
         for size in ((32,) if row.group_sizes == "any" else row.group_sizes)
