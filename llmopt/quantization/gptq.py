@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmopt.errors import BadInputError
-from llmopt.quantization.grid import Clip, Grid, make_grid
+from llmopt.quantization.grid import Clip, Grid, group_moments, make_grid
 from llmopt.quantization.hessian import (
     check_hessian,
     conditional_feedback,
@@ -89,7 +89,7 @@ def gptq(
     check_hessian(hessian)
     order = None if scheme.activation_order == "none" else energy_order(hessian)
     factor = factorize(hessian, order, options.damping)
-    solver = _Solver(weight, order, scheme, options, scale_dtype)
+    solver = _Solver(weight, hessian, order, scheme, options, scale_dtype)
     solver.solve(factor.feedback)
     tensor = solver.result()
     error, rtn_error = _errors(weight, hessian, tensor, options.clip)
@@ -131,6 +131,7 @@ class _Solver:
     def __init__(
         self,
         weight: Tensor,
+        hessian: Tensor,
         order: Tensor | None,
         scheme: Scheme,
         options: GPTQOptions,
@@ -154,6 +155,10 @@ class _Solver:
         self.stored_scales = weight.new_empty((self.num_groups, rows), dtype=scale_dtype)
         self.scales = torch.empty_like(self.stored_scales, dtype=torch.float32)
         self.zero_points = torch.full_like(self.scales, scheme.midpoint)
+        self.moments: Tensor | None = None
+        if options.clip == "activation":
+            dealt = order if scheme.activation_order == "group" else None
+            self.moments = group_moments(hessian, self.group_columns, dealt)
         # One group a row is complete before the first column, whatever was asked for.
         self.dynamic = not options.static_groups and self.num_groups > 1
         if not self.dynamic:
@@ -163,7 +168,8 @@ class _Solver:
                 else (self.errors.t())
             )
             values = source.reshape(rows, self.num_groups, self.group_columns)
-            self._store(slice(None), make_grid(values, scheme, scale_dtype, options.clip))
+            grid = make_grid(values, scheme, scale_dtype, options.clip, self.moments)
+            self._store(slice(None), grid)
 
     def _store(self, group: slice, grid: Grid) -> None:
         self.stored_scales[group] = grid.scales.t()
@@ -201,7 +207,11 @@ class _Solver:
                 group = first // self.group_columns
                 values = adjusted[first - start : first - start + self.group_columns]
                 grid = make_grid(
-                    values.t().unsqueeze(1), self.scheme, self.scale_dtype, self.options.clip
+                    values.t().unsqueeze(1),
+                    self.scheme,
+                    self.scale_dtype,
+                    self.options.clip,
+                    None if self.moments is None else self.moments[group : group + 1],
                 )
                 self._store(slice(group, group + 1), grid)
             gptq_columns(
@@ -268,6 +278,7 @@ def _errors(
         replace(tensor.scheme, activation_order="none"),
         clip=clip,
         scale_dtype=tensor.scales.dtype,
+        hessian=hessian,
     )
     total = _weighted_norm(rows, hessian)
     if total == 0.0:

@@ -11,13 +11,14 @@ from torch import Tensor
 from llmopt.errors import BadInputError, NumericalError
 from llmopt.quantization.scheme import Scheme
 
-Clip = Literal["none", "mse"]
+Clip = Literal["none", "mse", "activation"]
 
 SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
 
 # Two and three bits want a range down to about half the largest magnitude; 8 bits hardly any.
 _SHRINK_FACTORS = tuple(1.0 - 0.025 * step for step in range(29))
 _SEARCH_ELEMENTS = 1 << 17  # values searched at once: the scratch stays in a core's cache
+_MOMENT_DAMPING = 0.01  # of the mean diagonal: the weight alone decides where no input was seen
 _FLOAT16_SMALLEST_SCALE = 2.0**-20  # subnormal, with five bits of precision left
 
 
@@ -34,12 +35,20 @@ class Grid:
     zero_points: Tensor | None
 
 
-def make_grid(values: Tensor, scheme: Scheme, scale_dtype: torch.dtype, clip: Clip) -> Grid:
+def make_grid(
+    values: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    clip: Clip,
+    moments: Tensor | None = None,
+) -> Grid:
     """The grid of each group in ``values (..., columns)``.
 
     The range always includes zero, so zero is exact; zero points are at least 1. ``none`` takes
     the whole range; ``mse`` shrinks it by the factor (of 29 from 1.0 down to 0.3) with the least
-    squared error.
+    squared error, ``activation`` by the one with the least squared error of the group's output,
+    ``(w - q) H (w - q)^T``. That one needs ``values (rows, groups, columns)`` and each group's
+    second moment, ``moments (groups, columns, columns)`` float32 (:func:`group_moments`).
 
     Raises:
         BadInputError: if ``scale_dtype`` is none of :data:`SCALE_DTYPES`.
@@ -56,7 +65,32 @@ def make_grid(values: Tensor, scheme: Scheme, scale_dtype: torch.dtype, clip: Cl
     _check_scales((high - low) / scheme.max_code, scheme, scale_dtype)
     if clip == "none":
         return _grid_of_range(low, high, scheme, scale_dtype)
-    return _search(values, low, high, scheme, scale_dtype)
+    if clip == "mse":
+        return _search(values, low, high, scheme, scale_dtype)
+    assert moments is not None and values.ndim == 3
+    found = [
+        _search(values[:, group], low[:, group], high[:, group], scheme, scale_dtype, moment)
+        for group, moment in enumerate(moments)
+    ]
+    zero_points = [grid.zero_points for grid in found if grid.zero_points is not None]
+    return Grid(
+        torch.stack([grid.scales for grid in found], dim=1),
+        torch.stack(zero_points, dim=1) if zero_points else None,
+    )
+
+
+def group_moments(hessian: Tensor, group_columns: int, order: Tensor | None = None) -> Tensor:
+    """The diagonal blocks of ``hessian (in, in)``, ``(groups, columns, columns)``, damped.
+
+    ``order`` is that in which the columns were dealt out to groups; left to right without one.
+    """
+    columns = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    members = columns.view(-1, group_columns)  # (groups, columns)
+    blocks = hessian[members.unsqueeze(2), members.unsqueeze(1)].float()
+    mean = blocks.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)  # (groups, 1)
+    damping = torch.where(mean > 0, _MOMENT_DAMPING * mean, 1.0)
+    blocks.diagonal(dim1=1, dim2=2).add_(damping)
+    return blocks
 
 
 def encode(values: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
@@ -115,13 +149,18 @@ def _check_scales(exact: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> No
 
 
 def _search(
-    values: Tensor, low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype
+    values: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    moment: Tensor | None = None,
 ) -> Grid:
     columns = values.shape[-1]
     rows, lows, highs = values.reshape(-1, columns), low.reshape(-1), high.reshape(-1)
     chunk = max(1, _SEARCH_ELEMENTS // columns)
     found = [
-        _search_rows(rows[part], lows[part], highs[part], scheme, scale_dtype)
+        _search_rows(rows[part], lows[part], highs[part], scheme, scale_dtype, moment)
         for start in range(0, rows.shape[0], chunk)
         for part in (slice(start, start + chunk),)
     ]
@@ -131,7 +170,12 @@ def _search(
 
 
 def _search_rows(
-    rows: Tensor, low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype
+    rows: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    moment: Tensor | None,
 ) -> Grid:
     best = _grid_of_range(low, high, scheme, scale_dtype)
     best_scales, best_zero_points = best.scales, best.zero_points
@@ -139,7 +183,7 @@ def _search_rows(
     scratch = torch.empty_like(rows)
     for factor in _SHRINK_FACTORS:
         grid = _grid_of_range(low * factor, high * factor, scheme, scale_dtype)
-        error = _squared_error(rows, grid, scheme, scratch)
+        error = _squared_error(rows, grid, scheme, scratch, moment)
         better = error < least
         least = torch.where(better, error, least)
         best_scales = torch.where(better, grid.scales, best_scales)
@@ -148,7 +192,9 @@ def _search_rows(
     return Grid(best_scales, best_zero_points)
 
 
-def _squared_error(rows: Tensor, grid: Grid, scheme: Scheme, scratch: Tensor) -> Tensor:
+def _squared_error(
+    rows: Tensor, grid: Grid, scheme: Scheme, scratch: Tensor, moment: Tensor | None
+) -> Tensor:
     """In units of each row's own magnitude, so that the square of a tiny weight is not zero."""
     scales = grid.scales.float().unsqueeze(-1)
     torch.div(rows, scales, out=scratch).round_()
@@ -159,4 +205,7 @@ def _squared_error(rows: Tensor, grid: Grid, scheme: Scheme, scratch: Tensor) ->
         torch.clamp(scratch, -zero_points, scheme.max_code - zero_points, out=scratch)
     scratch.mul_(scales).sub_(rows)
     largest = rows.abs().amax(dim=-1, keepdim=True)
-    return scratch.div_(torch.where(largest == 0, 1.0, largest)).square_().sum(dim=-1)
+    scratch.div_(torch.where(largest == 0, 1.0, largest))
+    if moment is None:
+        return scratch.square_().sum(dim=-1)
+    return (scratch @ moment).mul_(scratch).sum(dim=-1)

@@ -6,32 +6,48 @@ import torch
 from torch import Tensor
 
 from llmopt.errors import BadInputError
-from llmopt.quantization.grid import Clip, encode, make_grid
+from llmopt.quantization.grid import Clip, encode, group_moments, make_grid
 from llmopt.quantization.quantized_tensor import QuantizedTensor
 from llmopt.quantization.scheme import Scheme
 
 
 def rtn(
-    weight: Tensor, scheme: Scheme, *, clip: Clip = "none", scale_dtype: torch.dtype
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    clip: Clip = "none",
+    scale_dtype: torch.dtype,
+    hessian: Tensor | None = None,
 ) -> QuantizedTensor:
     """Round ``weight (out, in)`` to the nearest code of each group's grid.
+
+    ``hessian (in, in)``, any multiple of ``sum x x^T``, is what ``clip="activation"`` goes by.
 
     ``activation_order="weight"`` leaves the groups where they lie, so it changes nothing here.
 
     Raises:
-        BadInputError: if the weight is not a matrix, the group size does not divide ``in``, or
-            the scheme forms its groups by activation order (there are no activations here).
+        BadInputError: if the weight is not a matrix, the group size does not divide ``in``, the
+            scheme forms its groups by activation order, or ``clip="activation"`` has no Hessian.
         NumericalError: on NaN, infinity, or a scale that ``scale_dtype`` cannot hold.
     """
     check_matrix(weight)
     if scheme.activation_order == "group":
         raise BadInputError(
-            "plain rounding cannot group columns by activation order: it sees no activations",
+            "rounding to nearest does not group columns by activation order",
             "use solver gptq, or activation_order: none",
         )
+    if clip == "activation" and hessian is None:
+        raise BadInputError(
+            "clip: activation goes by the inputs, and there are none",
+            "give calibration text, or clip: mse",
+        )
     rows, columns = weight.shape
-    groups = weight.reshape(rows, -1, scheme.columns_per_group(columns))
-    grid = make_grid(groups, scheme, scale_dtype, clip)
+    group_columns = scheme.columns_per_group(columns)
+    moments = None
+    if clip == "activation" and hessian is not None:
+        moments = group_moments(hessian, group_columns)
+    groups = weight.reshape(rows, -1, group_columns)
+    grid = make_grid(groups, scheme, scale_dtype, clip, moments)
     return QuantizedTensor(
         codes=encode(groups, grid, scheme).view(rows, columns),
         scales=grid.scales,

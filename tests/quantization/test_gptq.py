@@ -122,15 +122,27 @@ def test_the_reported_errors_are_what_they_say():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("clip", ["none", "mse"])
+@pytest.mark.parametrize("clip", ["none", "mse", "activation"])
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32])
 def test_without_correlation_it_is_plain_rounding(symmetric, clip, static, dtype):
     weight = torch.randn(6, 320, generator=torch.Generator().manual_seed(5)).to(dtype)
     scheme = Scheme(4, 32, symmetric)
     options = GPTQOptions(clip=clip, static_groups=static)
-    found = gptq(weight, torch.eye(320), scheme, options, dtype).tensor
-    assert found.digest() == rtn(weight, scheme, clip=clip, scale_dtype=dtype).digest()
+    hessian = torch.eye(320)
+    found = gptq(weight, hessian, scheme, options, dtype).tensor
+    plain = rtn(weight, scheme, clip=clip, scale_dtype=dtype, hessian=hessian)
+    assert found.digest() == plain.digest()
+
+
+@pytest.mark.parametrize("order", ["none", "group"])
+@pytest.mark.parametrize("static", [True, False])
+def test_clipping_by_activation_sees_the_columns_of_its_own_group(order, static):
+    weight, hessian = problem(24, 96, seed=1)
+    options = [GPTQOptions(static_groups=static, clip=clip) for clip in ("none", "activation")]
+    scheme = Scheme(2, 32, False, order)
+    none, activation = (gptq(weight, hessian, scheme, option, F32) for option in options)
+    assert activation.error < none.error and activation.rtn_error < 0.8 * none.rtn_error
 
 
 def test_a_weight_on_its_own_grid_is_recovered_exactly():

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt.errors import BadInputError, NumericalError
-from llmopt.quantization.grid import SCALE_DTYPES, Grid, encode, make_grid
+from llmopt.quantization.grid import SCALE_DTYPES, Grid, encode, group_moments, make_grid
 from llmopt.quantization.scheme import INT_BITS, Scheme
 
 schemes = st.builds(
@@ -165,3 +165,54 @@ def test_a_scale_that_overflows_float16_is_refused_and_fits_bfloat16():
 def test_integer_scales_are_refused():
     with pytest.raises(BadInputError, match="int32"):
         make_grid(torch.ones(1, 2), Scheme(4, None), torch.int32, "none")
+
+
+def grouped_problem(rows=9, groups=3, columns=8, seed=0):
+    """Weights ``(rows, groups, columns)`` and the Hessian of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(500, groups * columns, generator=generator)
+    mix = torch.randn(groups * columns, groups * columns, generator=generator)
+    energy = torch.exp(torch.randn(groups * columns, generator=generator))
+    inputs = inputs @ mix * energy
+    return torch.randn(rows, groups, columns, generator=generator), inputs.T @ inputs
+
+
+def output_errors(values, grid, scheme, moments):
+    rest = decoded(encode(values, grid, scheme), grid, scheme) - values.double()
+    return torch.einsum("rgi,gij,rgj->rg", rest, moments.double(), rest)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_clipping_by_activation_lowers_the_error_of_the_output(symmetric, bits):
+    values, hessian = grouped_problem()
+    scheme, moments = Scheme(bits, 8, symmetric), group_moments(hessian, 8)
+    totals = {}
+    for clip in ("none", "mse", "activation"):
+        grid = make_grid(values, scheme, torch.float32, clip, moments)
+        totals[clip] = output_errors(values, grid, scheme, moments)
+    assert bool((totals["activation"] <= totals["none"] * 1.0001).all())
+    assert bool((totals["activation"] <= totals["mse"] * 1.0001).all())
+    assert float(totals["activation"].sum()) < 0.8 * float(totals["mse"].sum())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("hessian", [torch.eye(24), torch.zeros(24, 24)])
+def test_without_correlation_clipping_by_activation_is_by_squared_error(symmetric, hessian):
+    values, _ = grouped_problem(seed=3)
+    scheme = Scheme(3, 8, symmetric)
+    found = make_grid(values, scheme, torch.float32, "activation", group_moments(hessian, 8))
+    expected = make_grid(values, scheme, torch.float32, "mse")
+    assert torch.equal(found.scales, expected.scales)
+    assert symmetric or torch.equal(found.zero_points, expected.zero_points)
+
+
+def test_moments_follow_the_order_that_columns_are_dealt_out_in():
+    _, hessian = grouped_problem()
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    found = group_moments(hessian, 8, order)
+    for group in range(3):
+        members = order[8 * group : 8 * group + 8]
+        block = hessian[members][:, members]
+        damped = block + 0.01 * block.diagonal().mean() * torch.eye(8)
+        torch.testing.assert_close(found[group], damped)

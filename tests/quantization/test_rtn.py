@@ -70,3 +70,8 @@ def test_stored_bits_count_words_scales_zero_points_and_group_index():
     assert stored_bits_per_weight(Scheme(3, None), (8, 33), torch.float32) == (128 + 32) / 33
     grouped = Scheme(4, 32, True, "group")
     assert stored_bits_per_weight(grouped, (16, 32), torch.float16) == 4 + 0.5 + 2
+
+
+def test_clipping_by_activation_needs_a_hessian():
+    with pytest.raises(BadInputError, match="calibration text"):
+        rtn(torch.ones(2, 32), Scheme(4, 32), clip="activation", scale_dtype=torch.float32)
