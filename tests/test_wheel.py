@@ -12,7 +12,8 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from environments import Environment, build, clean_variables, locked
+
+from llmopt.bench.environments import Environment, build, clean_variables, locked
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,9 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-
-from environments import Environment, build, clean_variables  # noqa: E402
+from llmopt.bench.environments import Environment, build, clean_variables
 
 REQUIREMENTS = Path(__file__).with_name("oldest_triton.txt")
 

@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from llmopt.errors import BadInputError
 
 
 def save_checkpoint(
     path: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     optimizers: list[torch.optim.Optimizer],
     text_sha256: str,
     step: int,
@@ -31,7 +31,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     optimizers: list[torch.optim.Optimizer],
     text_sha256: str,
 ) -> int:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 from llmopt.calibration.builtin_text import builtin_documents
 from llmopt.demo.corpus import Corpus, build_corpus, training_batch
@@ -27,10 +27,17 @@ from llmopt.demo.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer, tr
 
 MAX_LENGTH = 2048
 
+Trainable = LlamaForCausalLM | Qwen2ForCausalLM
+"""What the pieces here train."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainPlan:
-    """Everything that decides the weights, besides the text and the versions."""
+    """Everything that decides the weights, besides the architecture, the text and the versions.
+
+    ``bf16`` multiplies in bfloat16, for processors that have instructions for it; the weights stay
+    in float32.
+    """
 
     steps: int = 1800
     batch_tokens: int = 2048
@@ -42,6 +49,7 @@ class TrainPlan:
     adam_lr: float = 5e-3
     weight_decay: float = 0.1
     seed: int = 0
+    bf16: bool = False
 
     def lr_scale(self, step: int) -> float:
         """Return the factor of both learning rates: warm up, hold, fall linearly to zero."""
@@ -80,17 +88,22 @@ def demo_config() -> LlamaConfig:
     )
 
 
-def new_model(seed: int) -> LlamaForCausalLM:
-    """Return a fresh fp32 model; what adds to the residual stream starts at zero."""
+def new_demo_model(seed: int) -> LlamaForCausalLM:
+    """Return a fresh fp32 demo model."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(demo_config())
-    for layer in model.model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    silence_residuals(model)
     return model
 
 
-def new_optimizers(model: LlamaForCausalLM, plan: TrainPlan) -> list[torch.optim.Optimizer]:
+def silence_residuals(model: Trainable) -> None:
+    """Let what adds to the residual stream start at zero."""
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
+def new_optimizers(model: Trainable, plan: TrainPlan) -> list[torch.optim.Optimizer]:
     """Return Muon for the blocks' matrices (in two, one a thread), AdamW for the rest."""
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     hidden_ids = {id(p) for p in hidden}
@@ -113,9 +126,12 @@ class HalvedStep:
     for the slower thread at every operation costs more than the operations.
     """
 
-    def __init__(self, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> None:
+    def __init__(
+        self, model: Trainable, optimizers: list[torch.optim.Optimizer], bf16: bool = False
+    ) -> None:
         self.model = model
         self.optimizers = optimizers
+        self.bf16 = bf16
         self.params = list(model.parameters())
         self.pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
 
@@ -134,28 +150,34 @@ class HalvedStep:
 
     def loss_and_grads(self, rows: torch.Tensor) -> tuple[float, tuple[torch.Tensor, ...]]:
         """Return the mean loss of ``rows`` and its gradients, in the order of the parameters."""
-        logits = self.model(input_ids=rows, use_cache=False).logits[:, :-1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            logits = self.model(input_ids=rows, use_cache=False).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         return loss.item(), torch.autograd.grad(loss, self.params)
 
 
 def train(
-    plan: TrainPlan, corpus: Corpus, checkpoint: Path, every: int, stop_after: int | None = None
-) -> LlamaForCausalLM:
-    """Train, or go on from ``checkpoint``, and return the fp32 model.
+    model: Trainable,
+    plan: TrainPlan,
+    corpus: Corpus,
+    checkpoint: Path,
+    every: int,
+    stop_after: int | None = None,
+) -> None:
+    """Train the fp32 model in place, or go on from ``checkpoint``.
 
     Args:
+        model: fresh from the plan's seed; a checkpoint replaces its weights.
         plan: what decides the weights.
         corpus: the token streams.
         checkpoint: file of weights and optimizer states; read if there, written as it goes.
         every: steps between two checkpoints, each with a line of progress.
         stop_after: stop after this step, as an interruption would.
     """
-    model = new_model(plan.seed)
     optimizers = new_optimizers(model, plan)
     text_sha256 = hashlib.sha256(corpus.text.numpy().tobytes()).hexdigest()
     first = load_checkpoint(checkpoint, model, optimizers, text_sha256)
-    take_step = HalvedStep(model, optimizers)
+    take_step = HalvedStep(model, optimizers, plan.bf16)
     started, num_tokens = time.monotonic(), 0
     for step in range(first, stop_after or plan.steps):
         length, scale = plan.length_at(step), plan.lr_scale(step)
@@ -171,10 +193,9 @@ def train(
                 f"lr x{scale:.3f} {rate:.0f} tokens/s",
                 flush=True,
             )
-    return model
 
 
-def save_model(model: LlamaForCausalLM, folder: Path) -> None:
+def save_model(model: Trainable, folder: Path) -> None:
     """Write config, generation config and bf16 weights."""
     model.generation_config = GenerationConfig.from_dict(
         {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": END_OF_TEXT_ID, "do_sample": False}
@@ -208,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = train_tokenizer(document.text for document in documents)
     corpus = build_corpus(tokenizer, documents)
     print({name: len(stream) for name, stream in asdict(corpus).items()}, "tokens", flush=True)
-    model = train(plan, corpus, args.checkpoint, args.every)
+    model = new_demo_model(plan.seed)
+    train(model, plan, corpus, args.checkpoint, args.every)
     args.out.mkdir(parents=True, exist_ok=True)
     save_model(model, args.out)
     save_tokenizer(tokenizer, args.out, MAX_LENGTH)

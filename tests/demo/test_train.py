@@ -42,15 +42,16 @@ def test_resumed_run_gives_the_same_weights(tmp_path: Path) -> None:
     stream = torch.randint(0, 4096, (5000,), generator=torch.Generator().manual_seed(1))
     corpus = Corpus(text=stream, validation=stream[:64])
     plan = TrainPlan(steps=4, batch_tokens=64, length=32, long_share=0.0)
-    whole = train.train(plan, corpus, tmp_path / "whole.pt", every=4)
+    whole, first_half, resumed = (train.new_demo_model(plan.seed) for _ in range(3))
+    train.train(whole, plan, corpus, tmp_path / "whole.pt", every=4)
     half = tmp_path / "half.pt"
-    train.train(plan, corpus, half, every=2, stop_after=2)
-    resumed = train.train(plan, corpus, half, every=2)
+    train.train(first_half, plan, corpus, half, every=2, stop_after=2)
+    train.train(resumed, plan, corpus, half, every=2)
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
     other = Corpus(text=stream.flip(0), validation=stream[:64])
     with pytest.raises(BadInputError, match="other text"):
-        train.train(plan, other, half, every=2)
+        train.train(resumed, plan, other, half, every=2)
 
 
 def test_schedule_rises_holds_and_falls_to_zero() -> None:

@@ -9,15 +9,19 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from environments import BuildError, build, clean_variables, frozen_environment
+from environments import REQUIREMENTS_FOLDER
 from interop.protocol import DOORS, Consumer
+
+from llmopt.bench.environments import BuildError, build, clean_variables, frozen_environment
 
 
 @cache
 def find_consumer(name: str) -> Consumer | str:
     """The consumer, or why its environment could not be built."""
     try:
-        return Consumer(name, build(frozen_environment(DOORS[name].environment)))
+        return Consumer(
+            name, build(frozen_environment(DOORS[name].environment, REQUIREMENTS_FOLDER))
+        )
     except (BuildError, OSError) as error:
         return f"{name}: environment could not be built: {error}"
 

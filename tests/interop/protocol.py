@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from environments import clean_variables
+from llmopt.bench.environments import clean_variables
 
 CONSUMERS_FOLDER = Path(__file__).parent / "consumers"
 TIME_LIMIT_SECONDS = 900
