@@ -286,7 +286,7 @@ def _prefill_kernel(
     mask_0 = in_rows & (channel_0 < WIDTH_0)[None, :]
     mask_1 = in_rows & (channel_1 < WIDTH_1)[None, :]
     q_ptrs = q_ptr + (q_start + start_m) * stride_q_token + head.to(tl.int64) * stride_q_head
-    q_ptrs = q_ptrs + m[:, None] * stride_q_token
+    q_ptrs = q_ptrs + m.to(tl.int64)[:, None] * stride_q_token
     q_0 = tl.load(q_ptrs + channel_0[None, :], mask=mask_0, other=0.0)
     if WIDTH_1 > 0:
         q_1 = tl.load(q_ptrs + WIDTH_0 + channel_1[None, :], mask=mask_1, other=0.0)

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from support.comparing import TOLERANCE, relative_error
-from support.paged_stores import filled_store, moved
+from support.decode_problems import CONFIG, LOOSER, hold, problem
+from support.far_apart import far_apart
+from support.paged_stores import moved
 
 from llmopt_kernels.attention_decode import (
     DecodeConfig,
@@ -19,12 +21,9 @@ from llmopt_kernels.attention_decode import (
     launch_attention_decode,
     shipped_config,
 )
-from llmopt_kernels.decode_problem import CachedTokens, DecodeProblem, pack_tree_mask
+from llmopt_kernels.decode_problem import CachedTokens, pack_tree_mask
 from llmopt_kernels.paged_kv import HEAD_DIMS, PAGE_SIZES, new_cache
 
-# Probabilities are rounded to 16 bit before they multiply the values, int4 is when dequantized.
-LOOSER = 1.5
-CONFIG = DecodeConfig(32, 4, 2)
 KINDS = ("16-bit", "fp8", "int8", "int4")
 
 
@@ -37,68 +36,6 @@ def compiling_nothing():
             module = importlib.import_module(f"llmopt_kernels.{name}")
             patch.setattr(module, "launch", lambda *given, **_: launches.append(given))
         yield launches
-
-
-def problem(
-    lengths=(1, 17, 40, 0),
-    kind="16-bit",
-    page_size=16,
-    q_heads=2,
-    kv_heads=1,
-    head_dim=64,
-    dtype=torch.bfloat16,
-    num_queries=1,
-    device="cpu",
-    recent=None,
-    sinks=False,
-    tree=False,
-    interleaved=False,
-    seed=0,
-    **options,
-):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (page_size, kv_heads, head_dim)
-    stores = [filled_store(kind, lengths, *shape, generator, dtype, interleaved)]
-    if recent is not None:
-        stores.append(filled_store("16-bit", recent, *shape, generator, dtype))
-    num_tokens = len(lengths) * num_queries
-    # Heads are cut out of a wider row, as q is out of a fused projection.
-    q = torch.randn(num_tokens, q_heads + 2, head_dim, generator=generator).to(dtype)
-    made = DecodeProblem(
-        q[:, 1:-1],
-        tuple(stores),
-        num_queries,
-        max(lengths),
-        head_dim**-0.5,
-        random_trees(len(lengths), num_queries, generator) if tree else None,
-        sinks=torch.randn(q_heads, generator=generator) if sinks else None,
-        **options,
-    )
-    return moved(made, device)
-
-
-def random_trees(num_sequences, num_queries, generator):
-    """Each token hangs on an earlier one, or on the sequence itself."""
-    mask = torch.zeros(num_sequences, num_queries, num_queries, dtype=torch.bool)
-    for tree in mask:
-        for token in range(num_queries):
-            parent = int(torch.randint(-1, token, (1,), generator=generator)) if token else -1
-            if parent >= 0:
-                tree[token] = tree[parent]
-            tree[token, token] = True
-    return pack_tree_mask(mask)
-
-
-def hold(made, num_splits=2, config=CONFIG):
-    expected, expected_lse = attention_decode_reference(made)
-    out, lse = launch_attention_decode(made, num_splits, config)
-    tolerance = LOOSER * TOLERANCE[made.q.dtype]
-    assert out.dtype == made.q.dtype and out.shape == made.q.shape
-    assert relative_error(out, expected) <= tolerance
-    nothing = expected_lse == -math.inf
-    assert torch.equal(lse == -math.inf, nothing)
-    assert relative_error(lse[~nothing], expected_lse[~nothing]) <= tolerance
-    return out, lse
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -229,6 +166,25 @@ def test_tokens_of_a_tree_that_nobody_sees_may_be_nan(num_queries, device):
         page = store.block_table[row, (length - 1) // 16].long()
         store.cache.v[page, (length - 1) % 16] = math.nan
     hold(made)
+
+
+@pytest.mark.usefixtures("checked_integers")
+@pytest.mark.parametrize("dim", [-3, -2], ids=["tokens", "heads"])
+def test_queries_beyond_32_bits(dim, device):
+    made = problem((20, 9, 0), q_heads=3, device=device)
+    (q,) = far_apart([made.q], dim)
+    hold(dataclasses.replace(made, q=q))
+
+
+@pytest.mark.usefixtures("checked_integers")
+@pytest.mark.parametrize("kind", ["16-bit", "int8", "int4"])
+@pytest.mark.parametrize("dim", [-4, -3, -2], ids=["pages", "tokens", "heads"])
+def test_a_cache_beyond_32_bits(dim, kind, device):
+    made = problem((40, 9), kind, q_heads=3, kv_heads=3, device=device)
+    store = made.stores[0]
+    k, v = far_apart([store.cache.k, store.cache.v], dim)
+    cache = dataclasses.replace(store.cache, k=k, v=v)
+    hold(dataclasses.replace(made, stores=(dataclasses.replace(store, cache=cache),)))
 
 
 def test_many_sequences_are_on_the_first_axis_of_the_grid():

@@ -3,11 +3,11 @@
 import math
 from dataclasses import replace
 from importlib import import_module
-from mmap import mmap
 
 import pytest
 import torch
 from support.comparing import TOLERANCE, relative_error
+from support.far_apart import far_apart
 from support.prefill_problems import (
     SMALL,
     TALL,
@@ -164,15 +164,21 @@ def test_more_queries_than_q_has_may_be_provided_for(device):
     check(replace(problem, max_seqlen_q=2**40), None)
 
 
-def test_a_head_may_lie_beyond_two_gigabytes(device):
-    problem = packed(device, [(1, 3)], (3, 3))
-    if device == "cpu":  # only the pages that are touched take memory
-        storage = torch.frombuffer(mmap(-1, 2 * (2**31 + 64)), dtype=torch.bfloat16)
-    else:
-        storage = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
-    q = storage.as_strided(problem.q.shape, (64, 2**30, 1))
-    q.copy_(problem.q)
-    check(replace(problem, q=q))
+@pytest.mark.usefixtures("checked_integers")
+@pytest.mark.parametrize("dim", [-3, -2], ids=["tokens", "heads"])
+def test_indices_beyond_32_bits(dim, device):
+    problem = packed(device, [(20, 20)], (3, 3))
+    q, k, v = far_apart([problem.q, problem.kv.k, problem.kv.v], dim)
+    check(replace(problem, q=q, kv=replace(problem.kv, k=k, v=v)), WIDE)
+
+
+@pytest.mark.usefixtures("checked_integers")
+@pytest.mark.parametrize("kind", ["16-bit", "int4"])
+@pytest.mark.parametrize("dim", [-4, -3, -2], ids=["pages", "tokens", "heads"])
+def test_indices_beyond_32_bits_in_a_cache(dim, kind, device):
+    problem = paged(device, kind, lengths=[(3, 20)], heads=(3, 3))
+    k, v = far_apart([problem.kv.cache.k, problem.kv.cache.v], dim)
+    check(replace(problem, kv=replace(problem.kv, cache=replace(problem.kv.cache, k=k, v=v))))
 
 
 def test_nothing_to_do(device):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from support.comparing import TOLERANCE, relative_error
+from support.far_apart import far_apart
 
 from llmopt_kernels.kv_cache_write import (
     kv_cache_write,
@@ -146,24 +147,24 @@ def test_keys_and_values_interleaved_in_the_last_dimension(device):
     assert_as_reference(cache, expected, given, torch.bfloat16)
 
 
-def test_heads_that_lie_far_apart(device):
-    """Of the third head, head times stride is beyond 32 bits, in the cache and in the keys."""
-    given = problem(1, 1, 3, 64, 0, torch.bfloat16, device)[1]
-    given["slots"].fill_(5)
-    # The keys' heads are three rows of one storage, the cache's three of another.
-    for name in ("k", "v"):
-        storage = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
-        far = storage.as_strided((1, 3, 64), (64, 2**30, 1))
-        given[name] = far.copy_(given[name])
-    parts = [
-        torch.empty(2**31 + 16 * 64, dtype=torch.bfloat16, device=device).as_strided(
-            (1, 16, 3, 64), (16 * 64, 64, 2**30, 1)
-        )
-        for _ in range(2)
-    ]
-    launch_kv_cache_write(**given, cache=PagedKV(*parts))
-    assert torch.equal(parts[0][0, 5], given["k"][0])
-    assert torch.equal(parts[1][0, 5], given["v"][0])
+@pytest.mark.usefixtures("checked_integers")
+@pytest.mark.parametrize("dim", [-4, -3, -2], ids=["pages", "tokens", "heads"])
+def test_indices_beyond_32_bits(dim, device):
+    _, given = problem(16, 3, 3, 64, 64, torch.bfloat16, device)
+    given["slots"] = given["slots"].int()
+    cache = filled("16-bit", 16, 3, 64, torch.bfloat16, device)
+    expected = copied(cache)
+    kv_cache_write_reference(**given | {"q": None}, cache=expected)
+    q = rope_reference(given["q"], given["positions"], given["cos"], given["sin"])
+    parts = ["q", "k", "v"] if dim != -4 else []  # they have no pages
+    near = [given[name] for name in parts] + [cache.k, cache.v]
+    *far, cache_k, cache_v = far_apart(near, dim)
+    given |= dict(zip(parts, far, strict=True))
+    launch_kv_cache_write(**given, cache=PagedKV(cache_k, cache_v))
+    near_cache = PagedKV(cache_k.contiguous(), cache_v.contiguous())
+    given["slots"] = given["slots"].long()
+    assert_as_reference(near_cache, expected, given, torch.bfloat16)
+    assert relative_error(given["q"], q) <= TOLERANCE[torch.bfloat16]
 
 
 def test_fp8_saturates(device):

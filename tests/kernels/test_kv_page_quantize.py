@@ -1,8 +1,11 @@
 """kv_page_quantize against its float64 reference."""
 
+import dataclasses
+
 import pytest
 import torch
 from support.comparing import relative_error
+from support.far_apart import far_apart
 
 from llmopt_kernels.kv_page_quantize import (
     kv_page_quantize,
@@ -111,6 +114,20 @@ def test_a_value_that_is_no_number_is_not_lost(strange, device):
     k, v = dequantize_pages(cache, pages, torch.float64)
     assert bool(k[0, :, 1, 70].isnan().all()) and bool(v[0, 7, 0].isnan().all())
     assert int(k.isnan().sum()) == 16 and int(v.isnan().sum()) == 80
+
+
+@pytest.mark.usefixtures("checked_integers")
+@pytest.mark.parametrize("part", ["source", "cache"])
+@pytest.mark.parametrize("dim", [-4, -3, -2], ids=["pages", "tokens", "heads"])
+def test_indices_beyond_32_bits(dim, part, device):
+    source, source_pages, cache, pages = problem(16, 3, 64, torch.bfloat16, device)
+    expected = copied(cache)
+    kv_page_quantize_reference(source, source_pages, expected, pages)
+    given = {"source": source, "cache": cache}
+    k, v = far_apart([given[part].k, given[part].v], dim)
+    given[part] = dataclasses.replace(given[part], k=k, v=v)
+    launch_kv_page_quantize(**given, source_pages=source_pages, pages=pages)
+    assert_as_reference(given["cache"], expected, source, source_pages, pages)
 
 
 def test_negative_pages_are_skipped_and_nothing_is_a_problem_too(device):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.comparing import TOLERANCE, relative_error
+from support.far_apart import far_apart
 
 from llmopt_kernels.rope import launch_rope, rope, rope_reference
 
@@ -43,12 +44,11 @@ def test_the_operation_takes_the_reference_on_a_cpu():
     assert relative_error(wide, expected) <= TOLERANCE[torch.bfloat16]
 
 
-def test_heads_that_lie_far_apart(device):
-    """Of the third head, head times stride is beyond 32 bits."""
-    _, positions, cos, sin = problem(1, 3, 64, 64, torch.bfloat16, device)
-    storage = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
-    x = storage.as_strided((1, 3, 64), (64, 2**30, 1))
-    x.copy_(torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)))
+@pytest.mark.usefixtures("checked_integers")
+@pytest.mark.parametrize("dim", [-3, -2], ids=["tokens", "heads"])
+def test_indices_beyond_32_bits(dim, device):
+    wide, positions, cos, sin = problem(3, 1, 64, 64, torch.bfloat16, device)
+    (x,) = far_apart([wide], dim)
     expected = rope_reference(x, positions, cos, sin)
     launch_rope(x, positions, cos, sin)
     assert relative_error(x, expected) <= TOLERANCE[torch.bfloat16]
