@@ -39,6 +39,26 @@ _KERNEL_COLUMNS = 128
 _LOOP_COLUMNS = 32
 
 
+@dataclass(frozen=True, slots=True)
+class ColumnsProblem:
+    """A block of columns to round; see ``gptq_columns`` for the attributes."""
+
+    adjusted: Tensor
+    feedback: Tensor
+    scales: Tensor
+    zero_points: Tensor
+    groups: Tensor
+    errors: Tensor
+    codes: Tensor
+    max_code: int
+    residuals: bool = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        parts = ((name, getattr(self, name)) for name in self.__slots__)
+        return {name: part for name, part in parts if isinstance(part, Tensor)}
+
+
 def gptq_columns(
     adjusted: Tensor,
     feedback: Tensor,
@@ -50,6 +70,7 @@ def gptq_columns(
     *,
     max_code: int,
     residuals: bool = False,
+    check_values: bool = False,
 ) -> None:
     """Round ``n`` columns one after the other; results go to ``errors`` and ``codes``.
 
@@ -66,16 +87,21 @@ def gptq_columns(
         codes: ``(n, out) uint8``, written.
         max_code: the largest code, up to 255.
         residuals: feed back what rounding loses of the adjusted value, not of the weight.
+        check_values: hold that ``groups`` are rows of ``scales``. Waits for the device; for
+            debugging.
 
     Raises:
-        ValueError: shape, element type, stride, device or ``max_code`` that does not fit.
+        ValueError: shape, element type, stride, device or ``max_code`` that does not fit; with
+            ``check_values``, a group out of range.
     """
-    arguments = (adjusted, feedback, scales, zero_points, groups, errors, codes)
+    problem = ColumnsProblem(
+        adjusted, feedback, scales, zero_points, groups, errors, codes, max_code, residuals
+    )
+    check_problem(problem, check_values)
     if runs_kernel(adjusted):
-        launch_gptq_columns(*arguments, max_code=max_code, residuals=residuals)
+        launch_gptq_columns(problem)
     else:
-        _check(*arguments, max_code)
-        gptq_columns_reference(*arguments, max_code=max_code, residuals=residuals)
+        gptq_columns_reference(problem)
 
 
 def columns_per_call(tensor: Tensor) -> int:
@@ -87,41 +113,31 @@ def columns_per_call(tensor: Tensor) -> int:
     return _KERNEL_COLUMNS if runs_kernel(tensor) else _LOOP_COLUMNS
 
 
-def gptq_columns_reference(
-    adjusted: Tensor,
-    feedback: Tensor,
-    scales: Tensor,
-    zero_points: Tensor,
-    groups: Tensor,
-    errors: Tensor,
-    codes: Tensor,
-    *,
-    max_code: int,
-    residuals: bool = False,
-) -> None:
-    """The same in torch, in the element type of the arguments: float32 or, to compare, float64."""
-    zero_point_of = zero_points[groups]
-    centred = torch.empty_like(adjusted)
+def gptq_columns_reference(problem: ColumnsProblem) -> None:
+    """The same in torch, in the element type of the tensors: float32 or, to compare, float64."""
+    p = problem
+    zero_point_of = p.zero_points[p.groups]
+    centred = torch.empty_like(p.adjusted)
     # Feedback is zero where errors are still weights, so one product with all of them does; cutting
     # views to size takes longer than multiplying by zeros.
-    transposed = errors.t()
+    transposed = p.errors.t()
     for column, code, weights, scale, error, low, high in zip(
-        adjusted.unbind(),
+        p.adjusted.unbind(),
         centred.unbind(),
-        feedback.unbind(),
-        scales[groups].unbind(),
-        errors.unbind(),
+        p.feedback.unbind(),
+        p.scales[p.groups].unbind(),
+        p.errors.unbind(),
         (-zero_point_of).unbind(),
-        (max_code - zero_point_of).unbind(),
+        (p.max_code - zero_point_of).unbind(),
         strict=True,
     ):
         column.addmv_(transposed, weights)
         torch.div(column, scale, out=code).round_()
         torch.clamp(code, low, high, out=code)
-        if residuals:
+        if p.residuals:
             error.copy_(column)
         error.addcmul_(code, scale, value=-1.0)
-    codes.copy_(centred.add_(zero_point_of))
+    p.codes.copy_(centred.add_(zero_point_of))
 
 
 @triton.jit
@@ -252,69 +268,43 @@ def candidate_configs(num_rows: int) -> list[ColumnsConfig]:
     ]
 
 
-def launch_gptq_columns(
-    adjusted: Tensor,
-    feedback: Tensor,
-    scales: Tensor,
-    zero_points: Tensor,
-    groups: Tensor,
-    errors: Tensor,
-    codes: Tensor,
-    *,
-    max_code: int,
-    residuals: bool = False,
-    config: ColumnsConfig | None = None,
-    check_values: bool = False,
-) -> None:
-    """Round columns by the kernel; arguments as of ``gptq_columns``.
-
-    The kernel reads ``feedback`` below the diagonal alone. ``check_values`` holds ``groups`` to the
-    rows of ``scales``, at the price of waiting for the GPU.
+def launch_gptq_columns(problem: ColumnsProblem, config: ColumnsConfig | None = None) -> None:
+    """Round columns by the kernel, which reads ``feedback`` below the diagonal alone.
 
     Raises:
-        ValueError: shape, element type, stride, device or ``max_code`` that does not fit; with
-            ``check_values``, a group out of range.
+        ValueError: shape, element type, stride, device or ``max_code`` that does not fit.
     """
-    _check(adjusted, feedback, scales, zero_points, groups, errors, codes, max_code)
-    check_launchable(
-        adjusted=adjusted,
-        feedback=feedback,
-        scales=scales,
-        zero_points=zero_points,
-        groups=groups,
-        errors=errors,
-        codes=codes,
-    )
-    num_columns, num_rows = adjusted.shape
-    if adjusted.numel() == 0:
+    p = problem
+    check_problem(p)
+    check_launchable(**p.tensors())
+    num_columns, num_rows = p.adjusted.shape
+    if p.adjusted.numel() == 0:
         return
-    if check_values:
-        _check_groups(groups, scales.shape[0])
     config = config or shipped_config(num_rows)
     # The kernel counts within a block in 32 bits: 64 would cost it registers that it has not.
-    stride = max(tensor.stride(0) for tensor in (adjusted, feedback, errors, codes))
+    stride = max(tensor.stride(0) for tensor in (p.adjusted, p.feedback, p.errors, p.codes))
     if num_columns * stride >= 2**31:
         raise ValueError(f"{num_columns} columns {stride} elements apart; 2**31 is out of reach")
     launch(
         _gptq_columns_kernel,
         (triton.cdiv(num_rows, config.block_rows),),
-        adjusted,
-        feedback,
-        scales,
-        zero_points,
-        groups,
-        errors,
-        codes,
+        p.adjusted,
+        p.feedback,
+        p.scales,
+        p.zero_points,
+        p.groups,
+        p.errors,
+        p.codes,
         num_columns,
         num_rows,
-        adjusted.stride(0),
-        feedback.stride(0),
-        scales.stride(0),
-        zero_points.stride(0),
-        errors.stride(0),
-        codes.stride(0),
-        max_code,
-        RESIDUALS=residuals,
+        p.adjusted.stride(0),
+        p.feedback.stride(0),
+        p.scales.stride(0),
+        p.zero_points.stride(0),
+        p.errors.stride(0),
+        p.codes.stride(0),
+        p.max_code,
+        RESIDUALS=p.residuals,
         BLOCK_COLUMNS=config.columns_in_registers,
         BLOCK_ROWS=config.block_rows,
         num_warps=config.num_warps,
@@ -322,39 +312,29 @@ def launch_gptq_columns(
     )
 
 
-def _check(
-    adjusted: Tensor,
-    feedback: Tensor,
-    scales: Tensor,
-    zero_points: Tensor,
-    groups: Tensor,
-    errors: Tensor,
-    codes: Tensor,
-    max_code: int,
-) -> None:
-    check_shape("adjusted", adjusted, (None, None))
-    columns, rows = adjusted.shape
-    check_shape("feedback", feedback, (columns, columns))
-    check_shape("scales", scales, (None, rows))
-    check_shape("zero_points", zero_points, scales.shape)
-    check_shape("groups", groups, (columns,))
-    check_shape("errors", errors, (columns, rows))
-    check_shape("codes", codes, (columns, rows))
-    for name, tensor in (
-        ("adjusted", adjusted),
-        ("feedback", feedback),
-        ("scales", scales),
-        ("zero_points", zero_points),
-        ("errors", errors),
-    ):
-        check_dtype(name, tensor, (torch.float32,))
+def check_problem(problem: ColumnsProblem, check_values: bool = False) -> None:
+    """Hold that a problem fits together; ``check_values`` reads groups and waits for the device.
+
+    Raises:
+        ValueError: shape, element type, stride or number that does not fit; says what it got.
+    """
+    p = problem
+    check_shape("adjusted", p.adjusted, (None, None))
+    columns, rows = p.adjusted.shape
+    check_shape("feedback", p.feedback, (columns, columns))
+    check_shape("scales", p.scales, (None, rows))
+    check_shape("zero_points", p.zero_points, p.scales.shape)
+    check_shape("groups", p.groups, (columns,))
+    check_shape("errors", p.errors, (columns, rows))
+    check_shape("codes", p.codes, (columns, rows))
+    dtypes = {"groups": torch.int64, "codes": torch.uint8}
+    for name, tensor in p.tensors().items():
+        check_dtype(name, tensor, (dtypes.get(name, torch.float32),))
         check_last_contiguous(name, tensor)
-    check_dtype("groups", groups, (torch.int64,))
-    check_last_contiguous("groups", groups)
-    check_dtype("codes", codes, (torch.uint8,))
-    check_last_contiguous("codes", codes)
-    if not 1 <= max_code <= 255:
-        raise ValueError(f"max_code is {max_code}; a code of 8 bits goes from 1 to 255")
+    if not 1 <= p.max_code <= 255:
+        raise ValueError(f"max_code is {p.max_code}; a code of 8 bits goes from 1 to 255")
+    if check_values and columns:
+        _check_groups(p.groups, p.scales.shape[0])
 
 
 def _check_groups(groups: Tensor, num_groups: int) -> None:

@@ -10,6 +10,7 @@ from llmopt.quantization.gptq import GPTQOptions, gptq
 from llmopt.quantization.scheme import Scheme
 from llmopt_kernels.gptq_columns import (
     ColumnsConfig,
+    ColumnsProblem,
     candidate_configs,
     columns_per_call,
     gptq_columns,
@@ -59,7 +60,7 @@ def reference(arguments, **options):
         name: tensor.double() if tensor.is_floating_point() else tensor.clone()
         for name, tensor in arguments.items()
     }
-    gptq_columns_reference(**found, **options)
+    gptq_columns_reference(ColumnsProblem(**found, **options))
     steps = found["adjusted"] / found["scales"][found["groups"]]
     edge = (steps - steps.floor() - 0.5).abs()
     return found["errors"], found["codes"], edge
@@ -68,7 +69,7 @@ def reference(arguments, **options):
 def check(arguments, expected, config=None, **options):
     """Run the kernel; rows without a value near an edge must agree in every code."""
     errors, codes, edge = expected
-    launch_gptq_columns(**arguments, config=config, **options)
+    launch_gptq_columns(ColumnsProblem(**arguments, **options), config)
     # A value near an edge may fall the other way, and what follows in its row with it.
     clear = (edge >= NEAR).all(dim=0)
     assert float(clear.float().mean()) >= 0.8
@@ -129,13 +130,13 @@ def test_halves_go_to_even_and_what_is_far_is_clamped(device):
     arguments = problem(1, len(values), device, num_groups=1, symmetric=True)
     arguments["adjusted"].copy_(torch.tensor([values]))
     arguments["scales"].fill_(1.0)
-    launch_gptq_columns(**arguments, max_code=15)
+    launch_gptq_columns(ColumnsProblem(**arguments, max_code=15))
     assert arguments["codes"][0].tolist() == expected
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_nothing_to_do_is_done(shape, device):
-    launch_gptq_columns(**problem(*shape, device), max_code=15)
+    launch_gptq_columns(ColumnsProblem(**problem(*shape, device), max_code=15))
 
 
 def test_the_operation_takes_the_loop_on_a_cpu():
@@ -164,27 +165,34 @@ def test_the_operation_takes_the_loop_on_a_cpu():
         ("errors", torch.zeros(6, 9), r"errors has shape \[6, 9\]; expected \[6, 8\]"),
         ("codes", torch.zeros(6, 8), "codes is float32; use uint8"),
         ("codes", torch.zeros(6, 8, dtype=torch.uint8, device="meta"), "on several devices"),
-        ("groups", torch.full((6,), 3), "groups go from 3 to 3; scales have rows 0 to 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, tensor, words):
     arguments = problem(6, 8, "cpu") | {name: tensor}
     with pytest.raises(ValueError, match=words):
-        launch_gptq_columns(**arguments, max_code=15, check_values=True)
+        launch_gptq_columns(ColumnsProblem(**arguments, max_code=15))
 
 
-@pytest.mark.parametrize("operation", [gptq_columns, launch_gptq_columns])
+def test_a_group_without_a_scale_is_refused_where_values_are_checked():
+    arguments = problem(6, 8, "cpu") | {"groups": torch.full((6,), 3)}
+    with pytest.raises(ValueError, match="groups go from 3 to 3; scales have rows 0 to 2"):
+        gptq_columns(**arguments, max_code=15, check_values=True)
+
+
 @pytest.mark.parametrize("max_code", [0, 256])
-def test_a_code_that_no_byte_holds_is_refused(operation, max_code):
+def test_a_code_that_no_byte_holds_is_refused(max_code):
+    arguments = problem(6, 8, "cpu") | {"max_code": max_code}
     with pytest.raises(ValueError, match=f"max_code is {max_code}"):
-        operation(**problem(6, 8, "cpu"), max_code=max_code)
+        gptq_columns(**arguments)
+    with pytest.raises(ValueError, match=f"max_code is {max_code}"):
+        launch_gptq_columns(ColumnsProblem(**arguments))
 
 
 def test_columns_too_far_apart_are_refused():
     arguments = {name: tensor.to("meta") for name, tensor in problem(2, 8, "cpu").items()}
     arguments["errors"] = torch.empty_strided((2, 8), (2**30, 1), device="meta")
     with pytest.raises(ValueError, match="2 columns 1073741824 elements apart"):
-        launch_gptq_columns(**arguments, max_code=15)
+        launch_gptq_columns(ColumnsProblem(**arguments, max_code=15))
 
 
 def layer(rows, columns):

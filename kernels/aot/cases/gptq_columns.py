@@ -7,7 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from aot.case import Case, meta
-from llmopt_kernels.gptq_columns import ColumnsConfig, candidate_configs, launch_gptq_columns
+from llmopt_kernels.gptq_columns import (
+    ColumnsConfig,
+    ColumnsProblem,
+    candidate_configs,
+    launch_gptq_columns,
+)
 
 ROWS = 4096
 BLOCK = 128
@@ -32,7 +37,7 @@ def cases() -> Iterator[Case]:
 
 def _launch(residuals: bool, config: ColumnsConfig) -> None:
     f32 = torch.float32
-    launch_gptq_columns(
+    problem = ColumnsProblem(
         meta(BLOCK, ROWS, dtype=f32),
         meta(BLOCK, 4096, dtype=f32)[:, :BLOCK],
         meta(32, ROWS, dtype=f32),
@@ -42,5 +47,5 @@ def _launch(residuals: bool, config: ColumnsConfig) -> None:
         meta(BLOCK, ROWS, dtype=torch.uint8),
         max_code=15,
         residuals=residuals,
-        config=config,
     )
+    launch_gptq_columns(problem, config)

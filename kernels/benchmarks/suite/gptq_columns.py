@@ -14,6 +14,7 @@ from benchmarks.goals import GPTQ, TORCH_LOOP
 from benchmarks.suite._inputs import Draw, Inputs
 from llmopt_kernels.gptq_columns import (
     ColumnsConfig,
+    ColumnsProblem,
     candidate_configs,
     gptq_columns,
     gptq_columns_reference,
@@ -39,7 +40,7 @@ def benchmarks(scale: Scale) -> Iterator[Benchmark]:
             num_bytes=13 * rows * columns + 8 * groups * rows + 4 * columns * columns // 2,
             num_flops=columns * columns * rows,
             build=partial(_build, rows, columns),
-            ours=partial(_bind, gptq_columns),
+            ours=partial(_bind, _operation),
             expected=_expected,
             # A value on the edge between two codes falls on either side, and its row goes another
             # way from there: some codes in half a million.
@@ -77,22 +78,19 @@ def _build(rows: int, columns: int, device: torch.device, seed: int) -> Inputs:
 def _bind(function: Any, i: Inputs, capture: bool = True, **options: object) -> Prepared:
     """Has its own buffers, not filled again between runs: times do not depend on values."""
     adjusted, errors, codes = i.adjusted.clone(), i.errors.clone(), i.codes.clone()
+    problem = ColumnsProblem(
+        adjusted, i.feedback, i.scales, i.zero_points, i.groups, errors, codes, MAX_CODE
+    )
 
     def call() -> tuple[Tensor, Tensor, Tensor]:
-        function(
-            adjusted,
-            i.feedback,
-            i.scales,
-            i.zero_points,
-            i.groups,
-            errors,
-            codes,
-            max_code=MAX_CODE,
-            **options,
-        )
+        function(problem, **options)
         return codes, errors, i.scales
 
     return Prepared(call, capture=capture)
+
+
+def _operation(problem: ColumnsProblem) -> None:
+    gptq_columns(**problem.tensors(), max_code=problem.max_code)
 
 
 def _with_config(i: Inputs, config: ColumnsConfig) -> Prepared:
