@@ -8,21 +8,22 @@ from torch import Tensor
 from llmopt.checkpoint.shell import TokenBatch
 from llmopt.errors import NumericalError
 
+_BLOCK_COLUMNS = 256  # of the Hessian's upper triangle: a product each
+
 
 class InputStatistics:
     """Statistics of the input that a group of linear layers shares, gathered batch by batch.
 
     Attributes:
         layer: full names of the linear layers, for error messages.
-        hessian: (in, in) float32, 2/n sum x x^T over the n tokens seen so far: the Hessian of the
-            mean squared error of one output (Frantar et al., GPTQ, 2022).
         largest: (in,) float32, the largest |x| of each input column.
-        num_tokens: n.
+        num_tokens: tokens seen so far.
     """
 
     def __init__(self, layer: str, in_features: int, device: torch.device | str = "cpu") -> None:
         self.layer = layer
-        self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        # Blocks on and above the diagonal; those below are filled in when the whole is asked for.
+        self._upper = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.largest = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.num_tokens = 0
 
@@ -38,13 +39,20 @@ class InputStatistics:
         Raises:
             NumericalError: NaN or infinity among the inputs, or a Hessian beyond float32.
         """
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        largest = rows.abs().amax(dim=0)
+        values = inputs.reshape(-1, inputs.shape[-1])
+        low, high = torch.aminmax(values, dim=0)  # NaN goes through
+        largest = torch.maximum(high, -low).float()
         if not bool(largest.isfinite().all()):
             raise not_finite(f"the input of {self.layer}", inputs, batch, index)
+        rows = values.float()
         total = self.num_tokens + len(rows)
-        self.hessian.addmm_(rows.T, rows, beta=self.num_tokens / total, alpha=2 / total)
-        if not bool(self.hessian.diagonal().isfinite().all()):
+        # Half the products of the whole matrix: it is symmetric.
+        for start in range(0, len(self._upper), _BLOCK_COLUMNS):
+            block = slice(start, start + _BLOCK_COLUMNS)
+            self._upper[block, start:].addmm_(
+                rows[:, block].T, rows[:, start:], beta=self.num_tokens / total, alpha=2 / total
+            )
+        if not bool(self._upper.diagonal().isfinite().all()):
             raise NumericalError(
                 f"the Hessian of {self.layer} overflows float32 at batch {index} "
                 f"({batch.row_name(0)} and after): its largest input is {float(largest.max()):.3g}",
@@ -52,6 +60,18 @@ class InputStatistics:
             )
         torch.maximum(self.largest, largest, out=self.largest)
         self.num_tokens = total
+
+    @property
+    def hessian(self) -> Tensor:
+        """(in, in) float32, 2/n sum x x^T over the n tokens seen so far.
+
+        The Hessian of the mean squared error of one output (Frantar et al., GPTQ, 2022). Not a
+        copy: the next batch changes it.
+        """
+        for start in range(0, len(self._upper), _BLOCK_COLUMNS):
+            stop = start + _BLOCK_COLUMNS
+            self._upper[stop:, start:stop] = self._upper[start:stop, stop:].T
+        return self._upper
 
     @property
     def zero_columns(self) -> Tensor:

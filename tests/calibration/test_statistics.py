@@ -25,6 +25,19 @@ def test_hessian_is_twice_the_mean_outer_product_over_all_batches() -> None:
     assert statistics.max_abs == float(rows.abs().max())
 
 
+def test_every_block_of_a_wide_hessian_is_there_between_batches_too() -> None:
+    torch.manual_seed(1)
+    parts = [torch.randn(1, 40, 2 * 256 + 3) for _ in range(3)]
+    statistics = InputStatistics("layer", parts[0].shape[-1])
+    seen = []
+    for index, part in enumerate(parts):
+        statistics.update(part, batch_of(1, 40), index)
+        seen.append(part[0].double())
+        rows = torch.cat(seen)
+        expected = 2 / len(rows) * rows.T @ rows
+        torch.testing.assert_close(statistics.hessian.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_sixteen_bit_inputs_are_accumulated_in_float32() -> None:
     inputs = torch.full((1, 3, 1), 1.0 + 2**-7, dtype=torch.bfloat16)
     statistics = InputStatistics("layer", 1)
