@@ -17,6 +17,8 @@ int4 codes need all tokens of a page: write a 16-bit cache, then ``kv_page_quant
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -31,12 +33,31 @@ from llmopt_kernels.launching import (
 )
 from llmopt_kernels.paged_kv import PagedKV, check_cache
 from llmopt_kernels.quantize_rows import largest_magnitude
-from llmopt_kernels.rope import rope_reference
+from llmopt_kernels.rope import check_positions, check_rotation, rope_reference
 from llmopt_kernels.rounding import quantize, row_scale, row_scale_from
 from llmopt_kernels.row_output import HALF_DTYPES, encode, larger
 from llmopt_kernels.triton_or_stub import tl, triton
 
 HEADS_PER_PROGRAM = 8
+
+
+@dataclass(frozen=True, slots=True)
+class WriteProblem:
+    """What kv_cache_write writes and where; see there for the attributes."""
+
+    k: Tensor
+    v: Tensor
+    slots: Tensor
+    cache: PagedKV
+    q: Tensor | None = None
+    positions: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """All parts by name."""
+        own = {name: getattr(self, name) for name in self.__slots__ if name != "cache"}
+        return own | {f"cache.{name}": part for name, part in self.cache.tensors().items()}
 
 
 def kv_cache_write(
@@ -69,36 +90,25 @@ def kv_cache_write(
     Raises:
         ValueError: an int4 cache; shape, element type, stride, device or value that does not fit.
     """
-    _check(k, v, slots, cache, q, positions, cos, sin, check_values)
+    problem = WriteProblem(k, v, slots, cache, q, positions, cos, sin)
+    check_problem(problem, check_values)
     if runs_kernel(k):
-        launch_kv_cache_write(k, v, slots, cache, q=q, positions=positions, cos=cos, sin=sin)
+        launch_kv_cache_write(problem)
     else:
-        kv_cache_write_reference(
-            k, v, slots, cache, q=q, positions=positions, cos=cos, sin=sin, dtype=torch.float32
-        )
+        kv_cache_write_reference(problem, torch.float32)
 
 
-def kv_cache_write_reference(
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor,
-    cache: PagedKV,
-    *,
-    q: Tensor | None = None,
-    positions: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> None:
-    """As ``kv_cache_write``, computed in ``dtype``: ``cache`` and ``q`` change in place."""
-    k, v = k.to(dtype), v.to(dtype)
-    if cos is not None and sin is not None and positions is not None:
-        k = rope_reference(k, positions, cos, sin, dtype)
-        if q is not None:
-            q.copy_(rope_reference(q, positions, cos, sin, dtype))
-    written = slots >= 0
-    page = slots[written] // cache.page_size
-    offset = slots[written] % cache.page_size
+def kv_cache_write_reference(problem: WriteProblem, dtype: torch.dtype = torch.float64) -> None:
+    """As ``kv_cache_write``, computed in ``dtype``: the cache and ``q`` change in place."""
+    p, cache = problem, problem.cache
+    k, v = p.k.to(dtype), p.v.to(dtype)
+    if p.cos is not None and p.sin is not None and p.positions is not None:
+        k = rope_reference(k, p.positions, p.cos, p.sin, dtype)
+        if p.q is not None:
+            p.q.copy_(rope_reference(p.q, p.positions, p.cos, p.sin, dtype))
+    written = p.slots >= 0
+    page = p.slots[written] // cache.page_size
+    offset = p.slots[written] % cache.page_size
     parts = (k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)
     for x, pages, scale in parts:
         x = x[written]
@@ -262,53 +272,42 @@ def _scale_ptrs(scale_ptr, slot, heads, num_kv_heads, KIND: tl.constexpr):
         return heads
 
 
-def launch_kv_cache_write(
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor,
-    cache: PagedKV,
-    *,
-    q: Tensor | None = None,
-    positions: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    check_values: bool = False,
-) -> None:
+def launch_kv_cache_write(problem: WriteProblem) -> None:
     """As ``kv_cache_write``, by the kernel.
 
     Raises:
-        ValueError: an int4 cache; shape, element type, stride, device or value that does not fit.
+        ValueError: an int4 cache; shape, element type, stride or device that does not fit.
     """
-    _check(k, v, slots, cache, q, positions, cos, sin, check_values)
-    pool = {f"cache.{name}": part for name, part in cache.tensors().items()}
-    check_launchable(k=k, v=v, slots=slots, q=q, positions=positions, cos=cos, sin=sin, **pool)
-    num_tokens, num_kv_heads, head_dim = k.shape
+    p, cache = problem, problem.cache
+    check_problem(p)
+    check_launchable(**p.tensors())
+    num_tokens, num_kv_heads, head_dim = p.k.shape
     if num_tokens == 0:
         return
-    num_heads = 0 if q is None else q.shape[1]
-    half = 0 if cos is None else cos.shape[1]
+    num_heads = 0 if p.q is None else p.q.shape[1]
+    half = 0 if p.cos is None else p.cos.shape[1]
     block = min(HEADS_PER_PROGRAM, triton.next_power_of_2(max(num_kv_heads, num_heads)))
     block_dim = triton.next_power_of_2(head_dim)
     programs = 2 * triton.cdiv(num_kv_heads, block) + triton.cdiv(num_heads, block)
     launch(
         _kv_cache_write_kernel,
         (num_tokens, programs),
-        k,
-        v,
-        q,
-        slots,
-        positions,
-        cos,
-        sin,
+        p.k,
+        p.v,
+        p.q,
+        p.slots,
+        p.positions,
+        p.cos,
+        p.sin,
         cache.k,
         cache.v,
         cache.k_scale,
         cache.v_scale,
         num_kv_heads,
         num_heads,
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *((0, 0) if q is None else q.stride()[:2]),
+        *p.k.stride()[:2],
+        *p.v.stride()[:2],
+        *((0, 0) if p.q is None else p.q.stride()[:2]),
         *cache.k.stride()[:3],
         *cache.v.stride()[:3],
         PAGE_SIZE=cache.page_size,
@@ -324,86 +323,67 @@ def launch_kv_cache_write(
     )
 
 
-def _check(
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor,
-    cache: PagedKV,
-    q: Tensor | None,
-    positions: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    check_values: bool,
-) -> None:
+def check_problem(problem: WriteProblem, check_values: bool = False) -> None:
+    """Hold that a problem fits together; ``check_values`` waits for the device.
+
+    Raises:
+        ValueError: an int4 cache; shape, element type, stride or value that does not fit.
+    """
+    p, cache = problem, problem.cache
     check_cache(cache)
     if cache.kind == "int4":
         raise ValueError(
             "the cache is int4, whose codes need all tokens of a page: write a 16-bit cache and "
             "call kv_page_quantize on its full pages"
         )
-    check_shape("k", k, (None, cache.num_kv_heads, cache.head_dim))
-    check_dtype("k", k, HALF_DTYPES)
+    check_shape("k", p.k, (None, cache.num_kv_heads, cache.head_dim))
+    check_dtype("k", p.k, HALF_DTYPES)
     if cache.kind == "16-bit":
-        check_dtype("k", k, (cache.k.dtype,))
-    check_shape("v", v, k.shape)
-    check_dtype("v", v, (k.dtype,))
-    check_shape("slots", slots, (k.shape[0],))
-    check_dtype("slots", slots, (torch.int64, torch.int32))
-    if q is not None:
-        check_shape("q", q, (k.shape[0], None, k.shape[2]))
-        check_dtype("q", q, (k.dtype,))
-        check_writable("q", q)
-    for name, x in (("k", k), ("v", v), ("q", q)):
+        check_dtype("k", p.k, (cache.k.dtype,))
+    check_shape("v", p.v, p.k.shape)
+    check_dtype("v", p.v, (p.k.dtype,))
+    check_shape("slots", p.slots, (p.k.shape[0],))
+    check_dtype("slots", p.slots, (torch.int64, torch.int32))
+    if not p.slots.is_contiguous():
+        raise ValueError(f"slots has strides {p.slots.stride()}; it must be contiguous")
+    if p.q is not None:
+        check_shape("q", p.q, (p.k.shape[0], None, p.k.shape[2]))
+        check_dtype("q", p.q, (p.k.dtype,))
+        check_writable("q", p.q)
+    for name, x in (("k", p.k), ("v", p.v), ("q", p.q)):
         if x is not None:
             check_last_contiguous(name, x)
-    _check_tables(k, q, positions, cos, sin)
-    for name, vector in (("slots", slots), ("positions", positions)):
-        if vector is not None and not vector.is_contiguous():
-            raise ValueError(f"{name} has strides {vector.stride()}; it must be contiguous")
+    _check_tables(p)
     if check_values:
-        _check_values(slots, cache, positions, cos)
+        _check_values(p)
 
 
-def _check_tables(
-    k: Tensor, q: Tensor | None, positions: Tensor | None, cos: Tensor | None, sin: Tensor | None
-) -> None:
-    tables = {"positions": positions, "cos": cos, "sin": sin}
+def _check_tables(problem: WriteProblem) -> None:
+    p = problem
+    tables = {"positions": p.positions, "cos": p.cos, "sin": p.sin}
     missing = [name for name, table in tables.items() if table is None]
-    if len(missing) == 3 and q is None:
+    if len(missing) == 3 and p.q is None:
         return
-    if positions is None or cos is None or sin is None:
-        given = [name for name, part in {"q": q, **tables}.items() if part is not None]
+    if p.positions is None or p.cos is None or p.sin is None:
+        given = [name for name, part in {"q": p.q, **tables}.items() if part is not None]
         raise ValueError(
             f"{', '.join(given)} given without {', '.join(missing)}; a rotation takes positions, "
             "cos and sin, and q is there to be rotated"
         )
-    check_shape("positions", positions, (k.shape[0],))
-    check_dtype("positions", positions, (torch.int32, torch.int64))
-    check_shape("cos", cos, (None, None))
-    check_shape("sin", sin, cos.shape)
-    for name, table in (("cos", cos), ("sin", sin)):
-        check_dtype(name, table, (torch.float32,))
-        if not table.is_contiguous():
-            raise ValueError(f"{name} has strides {table.stride()}; it must be contiguous")
-    if not 0 < 2 * cos.shape[1] <= k.shape[2]:
-        raise ValueError(f"tables rotate {2 * cos.shape[1]} channels, k has {k.shape[2]}")
+    check_rotation(p.positions, p.cos, p.sin, p.k.shape[0])
+    if not 0 < 2 * p.cos.shape[1] <= p.k.shape[2]:
+        raise ValueError(f"tables rotate {2 * p.cos.shape[1]} channels, k has {p.k.shape[2]}")
 
 
-def _check_values(
-    slots: Tensor, cache: PagedKV, positions: Tensor | None, cos: Tensor | None
-) -> None:
-    num_slots = cache.num_pages * cache.page_size
-    _check_below("slots", slots, num_slots, f"the pool has {num_slots} slots")
-    kept = slots[slots >= 0]
+def _check_values(problem: WriteProblem) -> None:
+    p = problem
+    num_slots = p.cache.num_pages * p.cache.page_size
+    wrong = p.slots >= num_slots
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"slots[{row}] is {int(p.slots[row])}; the pool has {num_slots} slots")
+    kept = p.slots[p.slots >= 0]
     if kept.unique().numel() != kept.numel():
-        raise ValueError(f"two tokens share a slot: {slots.tolist()}")
-    if positions is not None and cos is not None:
-        if bool((positions < 0).any()):
-            raise ValueError(f"positions hold {int(positions.min())}; they start at 0")
-        _check_below("positions", positions, cos.shape[0], f"the tables have {cos.shape[0]} rows")
-
-
-def _check_below(name: str, values: Tensor, limit: int, why: str) -> None:
-    if bool((values >= limit).any()):
-        row = int((values >= limit).nonzero()[0])
-        raise ValueError(f"{name}[{row}] is {int(values[row])}; {why}")
+        raise ValueError(f"two tokens share a slot: {p.slots.tolist()}")
+    if p.positions is not None and p.cos is not None:
+        check_positions(p.positions, p.cos.shape[0])

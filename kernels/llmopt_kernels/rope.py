@@ -29,7 +29,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEADS_PER_PROGRAM = 8
 
 
-def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(
+    x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, *, check_values: bool = False
+) -> Tensor:
     """Rotate ``x`` in place and return it.
 
     Args:
@@ -37,11 +39,15 @@ def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         positions: ``(tokens,)`` int32 or int64, rows of the tables.
         cos: ``(positions, rotary_dim / 2)`` float32.
         sin: likewise.
+        check_values: hold that positions are rows of the tables. Waits for the device; for
+            debugging.
 
     Raises:
-        ValueError: shape, element type, stride or device that does not fit.
+        ValueError: shape, element type, stride, device or value that does not fit.
     """
     _check(x, positions, cos, sin)
+    if check_values:
+        check_positions(positions, cos.shape[0])
     if runs_kernel(x):
         launch_rope(x, positions, cos, sin)
     else:
@@ -121,13 +127,37 @@ def _check(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
     check_dtype("x", x, DTYPES)
     check_last_contiguous("x", x)
     check_writable("x", x)
-    check_shape("positions", positions, (x.shape[0],))
+    check_rotation(positions, cos, sin, x.shape[0])
+    if 2 * cos.shape[1] > x.shape[2]:
+        raise ValueError(f"tables rotate {2 * cos.shape[1]} channels, x has {x.shape[2]}")
+
+
+def check_rotation(positions: Tensor, cos: Tensor, sin: Tensor, num_tokens: int) -> None:
+    """Hold that ``rope``'s positions and tables are what it takes for ``num_tokens`` tokens.
+
+    Raises:
+        ValueError: shape, element type or stride that does not fit.
+    """
+    check_shape("positions", positions, (num_tokens,))
     check_dtype("positions", positions, (torch.int32, torch.int64))
     check_shape("cos", cos, (None, None))
     check_shape("sin", sin, cos.shape)
     for name, table in (("cos", cos), ("sin", sin)):
         check_dtype(name, table, (torch.float32,))
-        if not table.is_contiguous():
-            raise ValueError(f"{name} has strides {table.stride()}; it must be contiguous")
-    if 2 * cos.shape[1] > x.shape[2]:
-        raise ValueError(f"tables rotate {2 * cos.shape[1]} channels, x has {x.shape[2]}")
+    for name, part in (("positions", positions), ("cos", cos), ("sin", sin)):
+        if not part.is_contiguous():
+            raise ValueError(f"{name} has strides {part.stride()}; it must be contiguous")
+
+
+def check_positions(positions: Tensor, num_rows: int) -> None:
+    """Hold that every position is a row of tables of ``num_rows``; waits for the device.
+
+    Raises:
+        ValueError: one that is not; says which.
+    """
+    wrong = (positions < 0) | (positions >= num_rows)
+    if bool(wrong.any()):
+        token = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"positions[{token}] is {int(positions[token])}; the tables have {num_rows} rows"
+        )

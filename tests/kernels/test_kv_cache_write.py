@@ -8,6 +8,7 @@ from support.comparing import TOLERANCE, relative_error
 from support.far_apart import far_apart
 
 from llmopt_kernels.kv_cache_write import (
+    WriteProblem,
     kv_cache_write,
     kv_cache_write_reference,
     launch_kv_cache_write,
@@ -112,8 +113,8 @@ def test_it_rotates_encodes_and_scatters(shape, kind, dtype, device):
     cache = filled(kind, page_size, sizes[2], sizes[3], dtype, device)
     expected = copied(cache)
     expected_q = given["q"].clone() if "q" in given else None
-    kv_cache_write_reference(**given | {"q": expected_q}, cache=expected)
-    launch_kv_cache_write(**given, cache=cache)
+    kv_cache_write_reference(WriteProblem(**given | {"q": expected_q}, cache=expected))
+    launch_kv_cache_write(WriteProblem(**given, cache=cache))
     assert_as_reference(cache, expected, given, dtype)
     first_kept = 1
     if "q" in given:
@@ -132,8 +133,8 @@ def test_int32_slots_and_a_key_alone(kind, device):
     del given["q"]
     cache = filled(kind, 16, 2, 64, torch.bfloat16, device)
     expected = copied(cache)
-    kv_cache_write_reference(**given, cache=expected)
-    launch_kv_cache_write(**given, cache=cache)
+    kv_cache_write_reference(WriteProblem(**given, cache=expected))
+    launch_kv_cache_write(WriteProblem(**given, cache=cache))
     assert_as_reference(cache, expected, given | {"slots": given["slots"].long()}, torch.bfloat16)
 
 
@@ -142,8 +143,8 @@ def test_keys_and_values_interleaved_in_the_last_dimension(device):
     pool = torch.full((NUM_PAGES, 2, 16, 256), 3.0, dtype=torch.bfloat16, device=device)
     cache = from_interleaved(pool)
     expected = copied(cache)
-    kv_cache_write_reference(**given | {"q": None}, cache=expected)
-    launch_kv_cache_write(**given, cache=cache)
+    kv_cache_write_reference(WriteProblem(**given | {"q": None}, cache=expected))
+    launch_kv_cache_write(WriteProblem(**given, cache=cache))
     assert_as_reference(cache, expected, given, torch.bfloat16)
 
 
@@ -154,13 +155,13 @@ def test_indices_beyond_32_bits(dim, device):
     given["slots"] = given["slots"].int()
     cache = filled("16-bit", 16, 3, 64, torch.bfloat16, device)
     expected = copied(cache)
-    kv_cache_write_reference(**given | {"q": None}, cache=expected)
+    kv_cache_write_reference(WriteProblem(**given | {"q": None}, cache=expected))
     q = rope_reference(given["q"], given["positions"], given["cos"], given["sin"])
     parts = ["q", "k", "v"] if dim != -4 else []  # they have no pages
     near = [given[name] for name in parts] + [cache.k, cache.v]
     *far, cache_k, cache_v = far_apart(near, dim)
     given |= dict(zip(parts, far, strict=True))
-    launch_kv_cache_write(**given, cache=PagedKV(cache_k, cache_v))
+    launch_kv_cache_write(WriteProblem(**given, cache=PagedKV(cache_k, cache_v)))
     near_cache = PagedKV(cache_k.contiguous(), cache_v.contiguous())
     given["slots"] = given["slots"].long()
     assert_as_reference(near_cache, expected, given, torch.bfloat16)
@@ -171,7 +172,7 @@ def test_fp8_saturates(device):
     _, given = problem(2, 1, 1, 64, 0, torch.bfloat16, device)
     cache = filled("fp8", 16, 1, 64, torch.bfloat16, device)
     cache.k_scale.fill_(1e-4)
-    launch_kv_cache_write(**given, cache=cache)
+    launch_kv_cache_write(WriteProblem(**given, cache=cache))
     codes = cache.k.flatten(0, 1)[given["slots"]].float()
     assert float(codes.abs().max()) == 448.0 and not bool(codes.isnan().any())
 
@@ -181,7 +182,7 @@ def test_a_nan_stays_one(kind, device):
     _, given = problem(2, 1, 1, 64, 64, torch.bfloat16, device)
     given["k"][0, 0, 5] = given["v"][0, 0, 5] = float("nan")
     cache = filled(kind, 16, 1, 64, torch.bfloat16, device)
-    launch_kv_cache_write(**given, cache=cache)
+    launch_kv_cache_write(WriteProblem(**given, cache=cache))
     every_page = torch.arange(NUM_PAGES, device=device)
     for x in dequantize_pages(cache, every_page, torch.float64):
         rows = x.flatten(0, 1)[given["slots"]]
@@ -192,7 +193,7 @@ def test_a_row_of_zeros_has_a_scale_of_one(device):
     _, given = problem(1, 1, 1, 64, 64, torch.bfloat16, device)
     given["k"].zero_()
     cache = filled("int8", 16, 1, 64, torch.bfloat16, device)
-    launch_kv_cache_write(**given, cache=cache)
+    launch_kv_cache_write(WriteProblem(**given, cache=cache))
     slot = given["slots"]
     assert float(cache.k_scale.flatten(0, 1)[slot]) == 1.0
     assert int(cache.k.flatten(0, 1)[slot].abs().max()) == 0
@@ -202,7 +203,7 @@ def test_the_operation_takes_the_reference_on_a_cpu():
     _, given = problem(3, 2, 2, 64, 64, torch.bfloat16, "cpu")
     cache = filled("int8", 16, 2, 64, torch.bfloat16, "cpu")
     expected, q = copied(cache), given["q"].clone()
-    kv_cache_write_reference(**given | {"q": q}, cache=expected)
+    kv_cache_write_reference(WriteProblem(**given | {"q": q}, cache=expected))
     kv_cache_write(**given, cache=cache, check_values=True)
     assert_as_reference(cache, expected, given, torch.bfloat16)
     assert relative_error(given["q"], q) <= TOLERANCE[torch.bfloat16]
@@ -244,21 +245,24 @@ def test_the_operation_takes_the_reference_on_a_cpu():
             {"cache": dataclasses.replace(new_cache("int8", 3, 16, 2, 64), k_scale=None)},
             "int8 lacks k_scale",
         ),
-        (
-            {"k": torch.zeros(3, 2, 64, dtype=torch.bfloat16, device="meta")},
-            "k on meta",
-        ),
         ({"slots": torch.tensor([4, -1, 48])}, r"slots\[2\] is 48; the pool has 48 slots"),
         ({"slots": torch.tensor([4, -1, 4])}, "two tokens share a slot"),
         ({"positions": torch.tensor([0, 50, 1])}, r"positions\[1\] is 50; the tables have 50"),
-        ({"positions": torch.tensor([0, -2, 1])}, "positions hold -2"),
+        ({"positions": torch.tensor([0, -2, 1])}, r"positions\[1\] is -2; the tables"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, words):
     _, given = problem(3, 2, 2, 64, 64, torch.bfloat16, "cpu")
     cache = new_cache("16-bit", NUM_PAGES, 16, 2, 64)
     with pytest.raises(ValueError, match=words):
-        launch_kv_cache_write(**{"cache": cache, **given, **changes}, check_values=True)
+        kv_cache_write(**{"cache": cache, **given, **changes}, check_values=True)
+
+
+def test_several_devices_are_refused():
+    _, given = problem(3, 2, 2, 64, 64, torch.bfloat16, "cpu")
+    cache = new_cache("16-bit", NUM_PAGES, 16, 2, 64, device="meta")
+    with pytest.raises(ValueError, match=r"k on cpu, .* cache.k on meta"):
+        launch_kv_cache_write(WriteProblem(**given, cache=cache))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="real shapes need a GPU")
@@ -267,6 +271,6 @@ def test_real_shapes(kind, device):
     _, given = problem(48, 32, 8, 128, 128, torch.bfloat16, device)
     cache = filled(kind, 16, 8, 128, torch.bfloat16, device)
     expected = copied(cache)
-    kv_cache_write_reference(**given | {"q": given["q"].clone()}, cache=expected)
-    launch_kv_cache_write(**given, cache=cache)
+    kv_cache_write_reference(WriteProblem(**given | {"q": given["q"].clone()}, cache=expected))
+    launch_kv_cache_write(WriteProblem(**given, cache=cache))
     assert_as_reference(cache, expected, given, torch.bfloat16)

@@ -71,6 +71,7 @@ def test_nothing_to_rotate(heads, rotary_dim, device):
         ({"x": torch.zeros(1, 2, 64).expand(3, 2, 64)}, r"x has strides \(0, 64, 1\)"),
         ({"x": torch.zeros(3, 2, 32)}, "tables rotate 64 channels, x has 32"),
         ({"positions": torch.zeros(4, dtype=torch.int32)}, r"positions has shape \[4\]"),
+        ({"positions": torch.zeros(6, dtype=torch.int32)[::2]}, r"positions has strides \(2,\)"),
         ({"sin": torch.zeros(50, 16)}, r"sin has shape \[50, 16\]; expected \[50, 32\]"),
     ],
 )
@@ -79,3 +80,26 @@ def test_what_does_not_fit_is_refused(changes, words):
     given = {"x": wide, "positions": positions, "cos": cos, "sin": sin, **changes}
     with pytest.raises(ValueError, match=words):
         launch_rope(**given)
+
+
+@pytest.mark.parametrize(
+    ("position", "words"),
+    [(50, r"positions\[1\] is 50; the tables have 50 rows"), (-1, r"positions\[1\] is -1;")],
+)
+def test_a_position_without_a_row_is_refused_where_values_are_checked(position, words):
+    wide, positions, cos, sin = problem(3, 2, 64, 64, torch.bfloat16, "cpu")
+    rope(wide, positions, cos, sin, check_values=True)
+    positions[1] = position
+    with pytest.raises(ValueError, match=words):
+        rope(wide, positions, cos, sin, check_values=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="real shapes need a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("heads", "head_dim", "rotary_dim"), [(32, 128, 128), (8, 192, 64)])
+def test_real_shapes(heads, head_dim, rotary_dim, dtype, device):
+    wide, positions, cos, sin = problem(4099, heads, head_dim, rotary_dim, dtype, device)
+    x = wide[:, 1:-1]
+    expected = rope_reference(x, positions, cos, sin)
+    launch_rope(x, positions, cos, sin)
+    assert relative_error(x, expected) <= TOLERANCE[dtype]

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from aot.case import Case, meta
-from llmopt_kernels.kv_cache_write import launch_kv_cache_write
+from llmopt_kernels.kv_cache_write import WriteProblem, launch_kv_cache_write
 from llmopt_kernels.paged_kv import Kind, new_cache
 
 TOKENS = 64
@@ -33,16 +33,16 @@ def case(kind: Kind, head_dim: int, rotary_dim: int, dtype: torch.dtype) -> Case
         positions = meta(TOKENS, dtype=torch.int32)
         options = {"positions": positions, "cos": table, "sin": table}
         options["q"] = meta(TOKENS, 32, head_dim, dtype=dtype)
+    problem = WriteProblem(
+        meta(TOKENS, 8, head_dim, dtype=dtype),
+        meta(TOKENS, 8, head_dim, dtype=dtype),
+        meta(TOKENS, dtype=torch.int64),
+        new_cache(kind, 64, 16, 8, head_dim, dtype=dtype, device="meta"),
+        **options,
+    )
     return Case(
         f"kv_cache_write {kind} head {head_dim} rotated {rotary_dim} {dtype}",
-        partial(
-            launch_kv_cache_write,
-            meta(TOKENS, 8, head_dim, dtype=dtype),
-            meta(TOKENS, 8, head_dim, dtype=dtype),
-            meta(TOKENS, dtype=torch.int64),
-            new_cache(kind, 64, 16, 8, head_dim, dtype=dtype, device="meta"),
-            **options,
-        ),
+        partial(launch_kv_cache_write, problem),
         tensor_cores=False,
         archs=(90,) if kind == "fp8" else (80, 90),
     )

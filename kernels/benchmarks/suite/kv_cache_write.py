@@ -11,7 +11,11 @@ from torch import Tensor
 
 from benchmarks.benchmark import Benchmark, Make, Prepared, Scale
 from benchmarks.suite._inputs import Draw, Inputs
-from llmopt_kernels.kv_cache_write import kv_cache_write, kv_cache_write_reference
+from llmopt_kernels.kv_cache_write import (
+    WriteProblem,
+    kv_cache_write,
+    kv_cache_write_reference,
+)
 from llmopt_kernels.paged_kv import Kind, PagedKV, dequantize_pages, new_cache
 
 TOKENS = {"real": (8192, 64), "tiny": (5,)}
@@ -89,9 +93,7 @@ def _ours(i: Inputs) -> Prepared:
 
 def _expected(i: Inputs) -> Tensor:
     cache, q = _own(i)
-    kv_cache_write_reference(
-        i.k, i.v, i.slots, cache, q=q, positions=i.positions, cos=i.cos, sin=i.sin
-    )
+    kv_cache_write_reference(WriteProblem(i.k, i.v, i.slots, cache, q, i.positions, i.cos, i.sin))
     return _values((cache, q)).double()
 
 
