@@ -101,13 +101,12 @@ def solve_block(
     """
     structure = walker.structure
     prefix = structure.block_prefix(block)
-    groups = [
-        group
-        for group in structure.input_groups(block)
-        if any(f"{prefix}.{linear}" in schemes for linear in group)
+    waves = [
+        [group for group in wave if any(f"{prefix}.{linear}" in schemes for linear in group)]
+        for wave in structure.waves(block)
     ]
     solved = []
-    for wanted in [[group] for group in groups] if stage.true_sequential else [groups]:
+    for wanted in waves if stage.true_sequential else [sum(waves, [])]:
         if not wanted:
             continue
         statistics = collect(walker, block, module, inputs, wanted)

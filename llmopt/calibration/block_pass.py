@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ Group = tuple[str, ...]
 
 
 class _AllCapturedError(Exception):
-    """Ends a block's forward once every wanted input has been seen."""
+    """Ends a block's forward once no wanted input can come any more."""
 
 
 def collect(
@@ -27,6 +28,8 @@ def collect(
     groups: Sequence[Group],
 ) -> dict[Group, InputStatistics]:
     """Run a block over all batches as far as the last wanted group, gathering its inputs.
+
+    An expert that no token is routed to has statistics of no tokens.
 
     Args:
         walker: started with the batches that `inputs` holds.
@@ -39,10 +42,17 @@ def collect(
         NumericalError: NaN or infinity in an input; names the layer and the sample.
     """
     assert groups
+    layout = walker.structure.layouts[block]
+    prefix = walker.structure.block_prefix(block)
     captured: dict[Group, Tensor] = {}
     statistics: dict[Group, InputStatistics] = {}
-    prefix = walker.structure.block_prefix(block)
+    always = {group for group in groups if layout.expert_of(group[0]) is None}
+    last = max(layout.input_groups.index(group) for group in groups)
     handles = []
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _AllCapturedError
+
     for group in groups:
         linear = module.get_submodule(group[0])
         assert isinstance(linear, nn.Linear)
@@ -55,16 +65,16 @@ def collect(
                 raise _AllCapturedError
 
         handles.append(linear.register_forward_pre_hook(capture))
+    for group in layout.input_groups[last + 1 :]:
+        handles.append(module.get_submodule(group[0]).register_forward_pre_hook(stop))
     try:
         for index, batch in enumerate(walker.batches):
             captured.clear()
-            try:
+            with suppress(_AllCapturedError):
                 walker.forward(block, module, index, inputs.read(index))
-            except _AllCapturedError:
-                for group, tensor in captured.items():
-                    statistics[group].update(tensor, batch, index)
-            else:
-                raise AssertionError(f"{prefix} ran without {groups}")
+            assert always <= captured.keys(), f"{prefix} ran without {always - captured.keys()}"
+            for group, tensor in captured.items():
+                statistics[group].update(tensor, batch, index)
     finally:
         for handle in handles:
             handle.remove()

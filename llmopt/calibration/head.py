@@ -63,9 +63,10 @@ class _FinishedBody(nn.Module):
     output: Tensor | None = None
 
     def forward(self, **_: object) -> object:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        # A mixture's; a dense model does not ask for what it has more.
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=self.output)
+        return MoeModelOutputWithPast(last_hidden_state=self.output)
 
 
 class _ChunkedLinear(nn.Module):

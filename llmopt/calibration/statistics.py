@@ -32,7 +32,7 @@ class InputStatistics:
         """Add a batch.
 
         Args:
-            inputs: (batch, tokens, in) activations.
+            inputs: (batch, tokens, in) activations; of an expert (tokens routed to it, in).
             batch: whose they are.
             index: its index, for error messages.
 
@@ -85,11 +85,22 @@ class InputStatistics:
 
 
 def not_finite(what: str, values: Tensor, batch: TokenBatch, index: int) -> NumericalError:
-    """The error for NaN or infinity in `values` (batch, tokens, ...), which must hold some."""
+    """The error for NaN or infinity in `values`, which must hold some.
+
+    `values` is (batch, tokens, ...), flat in batch and tokens or not, or (tokens, ...) with those
+    that were routed to an expert, whose places in the batch are not known here.
+    """
+    remedy = "check the source model on this text; with 16-bit activations, compute in float32"
+    if values.shape[:-1].numel() != batch.token_ids.numel():
+        return NumericalError(
+            f"NaN or infinity in {what}, at a token routed to it of batch {index} "
+            f"({batch.row_name(0)} to {batch.row_name(len(batch.token_ids) - 1)})",
+            remedy,
+        )
     bad = ~values.isfinite().reshape(*batch.shape, -1).all(dim=-1)  # (batch, tokens)
     row, token = (int(position) for position in bad.nonzero()[0])
     kind = "NaN" if bool(values.reshape(*batch.shape, -1)[row, token].isnan().any()) else "infinity"
     return NumericalError(
         f"{kind} in {what}, at token {token} of {batch.row_name(row)} (batch {index}, row {row})",
-        "check the source model on this text; with 16-bit activations, compute in float32",
+        remedy,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmopt.checkpoint.experts import split_experts
 from llmopt.checkpoint.shell import BodyRecord, BodyShell, TokenBatch
 from llmopt.errors import BadInputError
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _UNKNOWN = (
-    "llmopt takes decoder-only language models that transformers knows (Llama, Mistral, Qwen2, "
-    "Qwen3, Gemma 2 and 3 and their like); check model_type and architectures in config.json, or "
-    "upgrade transformers if the architecture is newer than it"
+    "llmopt takes decoder-only language models that transformers knows (Llama, Mistral, Mixtral, "
+    "Qwen2, Qwen3, Phi-3, OLMo 2, SmolLM3, Gemma 2 and 3 and their like); check model_type and "
+    "architectures in config.json, or upgrade transformers if the architecture is newer than it"
 )
 
 
@@ -61,8 +62,11 @@ def read_configs(config: Mapping[str, Any]) -> tuple[PreTrainedConfig, PreTraine
 def build_skeleton(config: Mapping[str, Any], text: PreTrainedConfig) -> PreTrainedModel:
     """Build the causal language model of `text` on the meta device, in float32, for inference.
 
+    A mixture's experts are linear layers in it (:class:`LinearExperts`).
+
     Raises:
-        BadInputError: transformers has no causal language model for it.
+        BadInputError: transformers has no causal language model for it, or experts are fused in
+            a layout that llmopt does not know.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -78,6 +82,7 @@ def build_skeleton(config: Mapping[str, Any], text: PreTrainedConfig) -> PreTrai
             f"transformers cannot build {_described(config)}: {error}", "repair config.json"
         ) from error
     nn.Module.requires_grad_(nn.Module.eval(skeleton), False)
+    split_experts(skeleton)
     return skeleton
 
 

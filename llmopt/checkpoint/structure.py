@@ -93,6 +93,10 @@ class ModelStructure:
         """The same, grouped where the very same tensor is their input; in order of execution."""
         return self.layouts[block].input_groups
 
+    def waves(self, block: int) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """The input groups that may be calibrated in one pass (:attr:`BlockLayout.waves`)."""
+        return self.layouts[block].waves
+
     def block_tensor_names(self, block: int) -> tuple[str, ...]:
         """Memory names of all tensors of a block."""
         prefix = f"{self.block_prefix(block)}."

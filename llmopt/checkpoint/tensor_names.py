@@ -1,21 +1,26 @@
 """Names in memory (transformers' text model) to names on disk (the checkpoint), by structure.
 
-A multimodal wrapper, old or new, puts a prefix before the text model's names
-(`language_model.model.layers...`, `model.language_model.layers...`); the prefix that covers
-most of the text model is the one.
+Where an architecture's modules are called otherwise than its checkpoints' tensors, transformers'
+own renaming says how (`llmopt.checkpoint.renaming`). A multimodal wrapper, old or new, puts a
+prefix before the text model's names (`language_model.model.layers...`,
+`model.language_model.layers...`); the prefix that covers most of the text model is the one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from llmopt.checkpoint.renaming import memory_names
 from llmopt.checkpoint.tensor_source import TensorSource
 from llmopt.errors import BadInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _CHUNK_ROWS = 4096
 
@@ -69,7 +74,7 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
         yield name[:start], name[start:]
 
 
-def find_disk_names(source: TensorSource, skeleton: nn.Module, body: str) -> dict[str, str]:
+def find_disk_names(source: TensorSource, skeleton: PreTrainedModel, body: str) -> dict[str, str]:
     """Map every memory name of `skeleton` that the checkpoint holds to its disk name.
 
     Args:
@@ -78,15 +83,16 @@ def find_disk_names(source: TensorSource, skeleton: nn.Module, body: str) -> dic
         body: memory name of the module that holds embedding and blocks.
     """
     prefix = f"{body}."
-    memory_names = skeleton.state_dict().keys()
-    inside = [name.removeprefix(prefix) for name in memory_names if name.startswith(prefix)]
-    found = find_body_names(frozenset(inside), source.names)
-    disk_names = {prefix + name: found[name] for name in inside if name in found}
-    for name in memory_names:
+    renamed = memory_names(skeleton, source.names)  # what it is in memory -> what it is on disk
+    names = skeleton.state_dict().keys()
+    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    found = find_body_names(frozenset(inside), renamed)
+    disk_names = {prefix + name: renamed[found[name]] for name in inside if name in found}
+    for name in names:
         if not name.startswith(prefix):
-            disk_name = find_outer_name(name, source.names)
-            if disk_name is not None:
-                disk_names[name] = disk_name
+            outer = find_outer_name(name, renamed)
+            if outer is not None:
+                disk_names[name] = renamed[outer]
     return disk_names
 
 
@@ -132,8 +138,8 @@ def check_tensors(
             "it is already quantized; give the original checkpoint"
             if quantized
             else "complete the download, or correct config.json if it describes another model; "
-            "architectures whose tensors transformers renames or merges on loading (mixtures of "
-            "experts among them) are not supported yet",
+            "where the experts of a mixture are stored as one tensor, open the checkpoint with "
+            "transformers and save it again, which gives each its own",
         )
     wrong = list(_wrong_shapes(source, shapes, disk_names))
     if wrong:

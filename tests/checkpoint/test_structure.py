@@ -22,15 +22,32 @@ from llmopt.checkpoint.shell import BlockCall
 from llmopt.checkpoint.structure import ModelStructure, read_structure
 from llmopt.errors import BadInputError
 
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
+ATTENTION = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
 )
+DENSE = (*ATTENTION, ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+FUSED = (
+    ("self_attn.qkv_proj",),
+    ("self_attn.o_proj",),
+    ("mlp.gate_up_proj",),
+    ("mlp.down_proj",),
+)
+
+
+def mixture(num_experts: int) -> tuple[tuple[str, ...], ...]:
+    experts = [f"mlp.experts.{expert}" for expert in range(num_experts)]
+    return (
+        *ATTENTION,
+        *((f"{expert}.gate_proj", f"{expert}.up_proj") for expert in experts),
+        *((f"{expert}.down_proj",) for expert in experts),
+    )
+
+
+def expected_groups(name: str, block: int) -> tuple[tuple[str, ...], ...]:
+    if name == "qwen3_moe":
+        return DENSE if block == 1 else mixture(5)
+    return {"phi3": FUSED, "mixtral": mixture(4)}.get(name, DENSE)
 
 
 def structure_of(directory: Path) -> ModelStructure:
@@ -48,13 +65,9 @@ def test_every_tensor_is_a_blocks_the_texts_or_other(name: str, tmp_path: Path) 
     text = [*structure.outer_tensor_names]
     for block in range(3):
         text += structure.block_tensor_names(block)
-        assert structure.linear_names(block) == LINEARS
-        assert structure.input_groups(block) == (
-            LINEARS[:3],
-            LINEARS[3:4],
-            LINEARS[4:6],
-            LINEARS[6:],
-        )
+        groups = expected_groups(name, block)
+        assert structure.input_groups(block) == groups
+        assert sorted(structure.linear_names(block)) == sorted(sum(groups, ()))
     on_disk = [structure.disk_name(memory) for memory in text]
     assert sorted([*on_disk, *structure.other_names]) == sorted(reader.names)
     assert all(parameter.is_meta for parameter in structure.skeleton.parameters())
@@ -213,15 +226,50 @@ def test_two_text_models_are_refused(tmp_path: Path) -> None:
         structure_of(tmp_path)
 
 
-def test_mixture_of_experts_is_refused_by_name(tmp_path: Path) -> None:
-    from transformers import MixtralConfig
+def test_experts_form_two_waves_and_other_groups_one_each(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIGS["qwen3_moe"]())
+    structure = structure_of(tmp_path)
+    groups = mixture(5)
+    assert structure.waves(0) == (groups[:1], groups[1:2], groups[2:7], groups[7:])
+    assert structure.waves(1) == tuple((group,) for group in DENSE)
+    layout = structure.layouts[2]
+    assert layout.expert_of("mlp.experts.3.up_proj") == "mlp.experts.3"
+    assert layout.expert_of("self_attn.q_proj") is None
 
-    config = MixtralConfig(
-        **{**llama_config().to_dict(), "model_type": "mixtral", "num_local_experts": 2}
-    )
-    write_checkpoint(tmp_path, config)
-    with pytest.raises(BadInputError, match="Mixtral"):
+
+def test_names_of_a_mixture_on_disk_are_those_that_transformers_looks_up(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "mixtral", CONFIGS["mixtral"]())
+    mixtral = structure_of(tmp_path / "mixtral")
+    experts = "model.layers.1.block_sparse_moe.experts"
+    assert {
+        part: mixtral.disk_module(f"model.layers.1.mlp.experts.3.{part}")
+        for part in ("gate_proj", "down_proj", "up_proj")
+    } == {
+        "gate_proj": f"{experts}.3.w1",
+        "down_proj": f"{experts}.3.w2",
+        "up_proj": f"{experts}.3.w3",
+    }
+    assert mixtral.disk_module("model.layers.1.mlp.gate").endswith("1.block_sparse_moe.gate")
+    write_checkpoint(tmp_path / "qwen", CONFIGS["qwen3_moe"]())
+    qwen = structure_of(tmp_path / "qwen")
+    assert all(memory == disk for memory, disk in qwen.disk_names.items())
+
+
+def test_a_lost_expert_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIGS["mixtral"]())
+    lost = "model.layers.2.block_sparse_moe.experts.1.w3.weight"
+    rewrite_tensors(tmp_path, lambda tensors: [tensors.pop(lost)] and None)
+    with pytest.raises(
+        BadInputError, match=r"lacks 1 of .* Mixtral.*: model\.layers\.2\.mlp\.experts\.1\.up_proj"
+    ):
         structure_of(tmp_path)
+
+
+def test_experts_stored_as_one_tensor_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIGS["qwen3_moe"](), names_in_memory=True)
+    with pytest.raises(BadInputError, match="lacks 30 of") as caught:
+        structure_of(tmp_path)
+    assert "save it again" in caught.value.remedy
 
 
 class _Diamond(nn.Module):

@@ -126,6 +126,51 @@ def gemma3_multimodal_config(**changes: Any) -> Any:
     )
 
 
+def phi3_config(**changes: Any) -> Any:
+    """Phi-3: q, k, v in one layer, gate and up in another; a window; rotates half of a head."""
+    from transformers import Phi3Config
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return Phi3Config(
+        **{**_COMMON, "sliding_window": WINDOW, "rope_parameters": rope, "pad_token_id": 0}
+        | changes
+    )
+
+
+def olmo2_config(**changes: Any) -> Any:
+    """OLMo 2: norms after attention and MLP, none before; q/k norms over all heads at once."""
+    from transformers import Olmo2Config
+
+    return Olmo2Config(**{**_COMMON, **changes})
+
+
+def smollm3_config(**changes: Any) -> Any:
+    """SmolLM3: the second layer rotates nothing; tied."""
+    from transformers import SmolLM3Config
+
+    layers = {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}
+    return SmolLM3Config(**{**_COMMON, **layers, **changes})
+
+
+_MIXTURE: dict[str, Any] = {**_COMMON, "num_experts_per_tok": 2}
+
+
+def qwen3_moe_config(**changes: Any) -> Any:
+    """Qwen3-MoE: the middle layer is dense; five experts, routed by unnormalized weights."""
+    from transformers import Qwen3MoeConfig
+
+    mixture = {"num_experts": 5, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
+    return Qwen3MoeConfig(**{**_MIXTURE, **mixture, "norm_topk_prob": False, **changes})
+
+
+def mixtral_config(**changes: Any) -> Any:
+    """Mixtral: other names on disk than in memory; a window."""
+    from transformers import MixtralConfig
+
+    mixture = {"num_local_experts": 4, "sliding_window": WINDOW}
+    return MixtralConfig(**{**_MIXTURE, **mixture, **changes})
+
+
 CONFIGS: Mapping[str, Callable[..., Any]] = {
     "llama": llama_config,
     "llama_biased": llama_biased_config,
@@ -135,6 +180,11 @@ CONFIGS: Mapping[str, Callable[..., Any]] = {
     "gemma2": gemma2_config,
     "gemma3": gemma3_config,
     "gemma3_multimodal": gemma3_multimodal_config,
+    "phi3": phi3_config,
+    "olmo2": olmo2_config,
+    "smollm3": smollm3_config,
+    "qwen3_moe": qwen3_moe_config,
+    "mixtral": mixtral_config,
 }
 
 
@@ -150,7 +200,9 @@ def build_model(config: Any, seed: int = 0) -> Any:
                 centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                 parameter.copy_(centre + 0.3 * torch.randn_like(parameter))
             else:
-                parameter.copy_(torch.randn_like(parameter) * parameter[0].numel() ** -0.5)
+                experts = parameter.ndim == 3  # (expert, out, in)
+                fan_in = parameter.shape[-1] if experts else parameter[0].numel()
+                parameter.copy_(torch.randn_like(parameter) * fan_in**-0.5)
     return model
 
 
