@@ -23,6 +23,7 @@ def write_parts(job: Job, artifact: Artifact, progress: Progress) -> None:
     """One shard a block, journalled; what the journal has is not done again.
 
     Raises:
+        BadInputError: the calibration text starves experts; names them.
         NumericalError: NaN or infinity on the way; names the layer and the sample.
         StorageError: if the disk refuses; what the journal has stays for a resume.
     """
@@ -75,7 +76,13 @@ def _solve_parts(
         inputs, outputs = states.inputs(part.block), states.outputs(part.block)
         with walker.materialise(part.block) as module:
             solved = solve_block(
-                walker, part.block, module, inputs, job.recipe.quantize, job.contract.schemes
+                walker,
+                part.block,
+                module,
+                inputs,
+                job.recipe.quantize,
+                job.contract.schemes,
+                job.recipe.calibration.min_expert_tokens,
             )
             advance(walker, part.block, module, inputs, outputs)
         outputs.flush()  # before the journal says that the next block has its inputs

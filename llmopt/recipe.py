@@ -116,6 +116,9 @@ class CalibrationSection(_Section):
     source: str = Field(default="builtin", description="builtin, a file, or a data set's name")
     num_samples: int = Field(default=128, gt=0)
     sequence_length: int = Field(default=512, ge=16)
+    min_expert_tokens: int = Field(
+        default=32, ge=1, description="an expert that fewer tokens are routed to ends the run"
+    )
     seed: int = 0
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmopt.calibration.block_pass import Group, collect
+from llmopt.calibration.block_pass import Group, check_experts, collect
 from llmopt.calibration.hidden_states import HiddenStates
 from llmopt.calibration.statistics import InputStatistics
 from llmopt.calibration.walker import BlockWalker
@@ -85,6 +85,7 @@ def solve_block(
     inputs: HiddenStates,
     stage: QuantizeStage,
     schemes: Mapping[str, Scheme],
+    min_expert_tokens: int,
 ) -> list[SolvedLinear]:
     """Quantize a block by GPTQ and leave the dequantized weights in ``module``.
 
@@ -95,8 +96,10 @@ def solve_block(
         inputs: the block's inputs.
         stage: the recipe's stage.
         schemes: by memory name of the linear layers to quantize.
+        min_expert_tokens: that every expert to quantize must have seen.
 
     Raises:
+        BadInputError: experts that too few tokens are routed to.
         NumericalError: NaN or infinity in an input or a Hessian; the layer and sample are named.
     """
     structure = walker.structure
@@ -110,6 +113,7 @@ def solve_block(
         if not wanted:
             continue
         statistics = collect(walker, block, module, inputs, wanted)
+        check_experts(structure, block, statistics, min_expert_tokens)
         for linear, shared in _linears(wanted, statistics):
             name = f"{prefix}.{linear}"
             if name not in schemes:

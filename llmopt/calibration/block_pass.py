@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from llmopt.calibration.hidden_states import HiddenStates
 from llmopt.calibration.statistics import InputStatistics, not_finite
 from llmopt.calibration.walker import BlockWalker
-from llmopt.errors import NumericalError
+from llmopt.checkpoint.structure import ModelStructure
+from llmopt.errors import BadInputError, NumericalError
 
 Group = tuple[str, ...]
 
@@ -79,6 +80,35 @@ def collect(
         for handle in handles:
             handle.remove()
     return statistics
+
+
+def check_experts(
+    structure: ModelStructure,
+    block: int,
+    statistics: Mapping[Group, InputStatistics],
+    min_tokens: int,
+) -> None:
+    """Hold that every expert among the groups of `statistics` saw at least `min_tokens` tokens.
+
+    Raises:
+        BadInputError: names every starved expert with the tokens that it saw.
+    """
+    layout = structure.layouts[block]
+    starved = {
+        expert: shared.num_tokens
+        for group, shared in statistics.items()
+        if (expert := layout.expert_of(group[0])) is not None and shared.num_tokens < min_tokens
+    }
+    if starved:
+        prefix = structure.block_prefix(block)
+        raise BadInputError(
+            f"the calibration text starves {len(starved)} experts (tokens, at least {min_tokens} "
+            "wanted): "
+            + ", ".join(f"{prefix}.{expert} ({tokens})" for expert, tokens in starved.items()),
+            "calibrate on more text (`num_samples`) or on text nearer to what the model is for; "
+            "or leave these experts in 16 bit with `ignore`, or round with `solver: rtn`, or lower "
+            "`min_expert_tokens`",
+        )
 
 
 def advance(
