@@ -21,11 +21,10 @@ def write_job(
 ) -> Path:
     """A random checkpoint of an architecture with widths that groups of 32 divide."""
     source = folder / "source"
-    write_checkpoint(
-        source,
-        CONFIGS[architecture](**{"vocab_size": VOCAB_SIZE, "intermediate_size": 64, **changes}),
-        dtype=dtype,
-    )
+    widths = {"vocab_size": VOCAB_SIZE, "intermediate_size": 64}
+    if architecture == "qwen3_moe":
+        widths["moe_intermediate_size"] = 32
+    write_checkpoint(source, CONFIGS[architecture](**{**widths, **changes}), dtype=dtype)
     write_tokenizer(source)
     return source
 
