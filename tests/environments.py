@@ -9,7 +9,7 @@ from pathlib import Path
 from llmopt.bench.environments import BuildError, build, frozen_environment
 
 REQUIREMENTS_FOLDER = Path(__file__).parent / "interop" / "requirements"
-INTEROP_ENVIRONMENTS = ("transformers", "vllm")
+INTEROP_ENVIRONMENTS = ("transformers", "vllm", "gptqmodel", "archived")
 
 
 def main(names: Sequence[str]) -> int:
