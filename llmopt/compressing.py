@@ -12,7 +12,6 @@ from llmopt.calibration.walker import BlockWalker
 from llmopt.checkpoint.artifact import Artifact, clear_folder
 from llmopt.checkpoint.journal import BlockEntry
 from llmopt.checkpoint.shards import shard_file_name, write_shard
-from llmopt.formats import FORMATS
 from llmopt.job import Job, calibration_batches
 from llmopt.progress import Progress
 from llmopt.solving import SolvedLinear, round_block, solve_block
@@ -91,8 +90,7 @@ def _solve_parts(
 
 
 def _write_part(job: Job, artifact: Artifact, index: int, solved: Sequence[SolvedLinear]) -> None:
-    form = FORMATS[job.recipe.output.format]
-    written = assemble_part(job.parts[index], job.reader, job.structure, form, solved)
+    written = assemble_part(job.parts[index], job.reader, job.structure, job.contract.form, solved)
     shard = write_shard(
         artifact.directory / shard_file_name(index, len(job.parts)), written.tensors
     )

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from llmopt.checkpoint.reader import CheckpointReader
 from llmopt.checkpoint.structure import ModelStructure
 from llmopt.errors import BadInputError, ContractError
-from llmopt.formats import FORMATS
+from llmopt.formats import FORMATS, choose_format
 from llmopt.formats.base import Format
 from llmopt.formats.consumers import FormatSupport, load_consumers
 from llmopt.quantization.scheme import Scheme
-from llmopt.recipe import QuantizeStage, Recipe, matches
+from llmopt.recipe import OutputSection, QuantizeStage, Recipe, matches
 from llmopt.report.schema import Consumer, ContractCheck
 
 
@@ -22,12 +22,14 @@ class Contract:
     """What source, recipe and consumers agreed on.
 
     Attributes:
+        form: the output format, in the variant that is written.
         schemes: by memory name of each linear layer that will be quantized.
         kept: memory names of the linear layers that stay in 16 bit, blocks only.
         checks: that belong to no single consumer.
         consumers: each with its own checks.
     """
 
+    form: Format
     schemes: Mapping[str, Scheme]
     kept: tuple[str, ...]
     checks: tuple[ContractCheck, ...]
@@ -65,7 +67,7 @@ def draw_contract(reader: CheckpointReader, structure: ModelStructure, recipe: R
             nothing. What is known but does not fit is in ``Contract.refusals``.
     """
     stage = recipe.quantize
-    form = _format(recipe.output.format)
+    form = _format(recipe.output)
     linears = [
         f"{structure.block_prefix(block)}.{linear}"
         for block in range(structure.num_blocks)
@@ -75,27 +77,30 @@ def draw_contract(reader: CheckpointReader, structure: ModelStructure, recipe: R
     assigned = {name: stage.scheme_for(name) for name in linears}
     schemes = {name: scheme for name, scheme in assigned.items() if scheme is not None}
     checks = (
-        _check("format", _format_faults(form, schemes), f"{form.name} holds every scheme"),
+        _check(
+            "format", _format_faults(form, structure, schemes), f"{form.name} holds every scheme"
+        ),
         _check("solver", _solver_faults(stage, schemes), f"{stage.solver} can solve them"),
         _check("groups", _group_faults(structure, schemes), "groups divide every layer"),
         _check("tensors", [], _tensor_summary(reader, structure, schemes)),
         _check("something to do", [] if schemes else ["every layer is ignored"], "yes"),
     )
     consumers = tuple(
-        _consumer(name, reader, structure, schemes, assigned, recipe)
+        _consumer(name, reader, structure, form, assigned, recipe.output.tensor_parallel_size)
         for name in recipe.output.consumers
     )
     kept = tuple(name for name in linears if name not in schemes)
-    return Contract(schemes, kept, checks, consumers)
+    return Contract(form, schemes, kept, checks, consumers)
 
 
-def _format(name: str) -> Format:
+def _format(output: OutputSection) -> Format:
+    name = output.format
     if name not in FORMATS:
         raise ContractError(
             f"unknown output format {name!r}{_nearest(name, list(FORMATS))}",
             f"choose one of {', '.join(FORMATS)}",
         )
-    return FORMATS[name]
+    return choose_format(name, output.checkpoint_format)
 
 
 def _check_patterns(stage: QuantizeStage, linears: list[str]) -> None:
@@ -115,9 +120,17 @@ def _check(name: str, faults: list[str], otherwise: str) -> ContractCheck:
     )
 
 
-def _format_faults(form: Format, schemes: Mapping[str, Scheme]) -> list[str]:
+def _format_faults(
+    form: Format, structure: ModelStructure, schemes: Mapping[str, Scheme]
+) -> list[str]:
     refusals = {scheme: form.refusal(scheme) for scheme in set(schemes.values())}
-    return [f"{form.name} cannot hold {s.name}: {why}" for s, why in refusals.items() if why]
+    faults = [f"{form.name} cannot hold {s.name}: {why}" for s, why in refusals.items() if why]
+    for name, scheme in schemes.items():
+        if why := form.shape_refusal(scheme, _shape(structure, name)):
+            faults.append(f"{form.name} cannot hold {name}: {why}")
+    if why := form.mixture_refusal(set(schemes.values())):
+        faults.append(f"{form.name} cannot hold these schemes together: {why}")
+    return faults
 
 
 def _solver_faults(stage: QuantizeStage, schemes: Mapping[str, Scheme]) -> list[str]:
@@ -153,9 +166,9 @@ def _consumer(
     name: str,
     reader: CheckpointReader,
     structure: ModelStructure,
-    schemes: Mapping[str, Scheme],
+    form: Format,
     assigned: Mapping[str, Scheme | None],
-    recipe: Recipe,
+    tensor_parallel_size: int,
 ) -> Consumer:
     known = load_consumers()
     if name not in known:
@@ -163,11 +176,12 @@ def _consumer(
             f"unknown consumer {name!r}{_nearest(name, list(known))}",
             f"choose among {', '.join(known)}",
         )
-    support = known[name].formats.get(recipe.output.format)
+    support = known[name].formats.get(form.name)
     if support is None:
-        lacks = known[name].lacks.get(recipe.output.format, "it knows no such format")
-        check = _check("format", [f"it does not open {recipe.output.format}: {lacks}"], "")
+        lacks = known[name].lacks[form.name]
+        check = _check("format", [f"it does not open {form.name}: {lacks}"], "")
         return Consumer(name=name, version=known[name].version, checks=(check,))
+    schemes = {name: scheme for name, scheme in assigned.items() if scheme is not None}
     kernel_faults: dict[str, None] = {}
     for members in _shared_inputs(structure):
         fused = [member for member in members if member in schemes]
@@ -177,16 +191,20 @@ def _consumer(
             schemes[fused[0]],
             in_features=_shape(structure, fused[0])[1],
             out_features_fused=sum(_shape(structure, member)[0] for member in fused),
-            tensor_parallel_size=recipe.output.tensor_parallel_size,
+            tensor_parallel_size=tensor_parallel_size,
             dtype=reader.info(structure.disk_name(f"{fused[0]}.weight")).dtype,
             # Engines split what shares an input by output rows, and what follows it by columns.
             shard="out" if len(members) > 1 else "in",
         )
         kernel_faults.update(dict.fromkeys(faults))
     mixture = support.mixture_refusal(schemes.values())
+    variant = support.checkpoint_format_refusal(form.checkpoint_format)
+    kept = support.kept_refusal([name for name in assigned if name not in schemes])
     checks = [
+        _check("format", [variant] if variant else [], "opens it"),
         _check("kernels", list(kernel_faults), _proof(support, schemes)),
         _check("schemes together", [mixture] if mixture else [], "may stand in one checkpoint"),
+        _check("16-bit layers", [kept] if kept else [], "found by their names"),
     ]
     if support.fuses_shared_inputs:
         mixed = list(_mixed_groups(structure, assigned))

@@ -22,6 +22,7 @@ from llmopt.errors import (
     ExitCode,
     NumericalError,
 )
+from llmopt.formats.config_file import quantization_config
 from llmopt.formats.dequantized import DequantizedSource
 from llmopt.progress import Progress, silent
 from llmopt.quantization.scheme import Scheme
@@ -268,7 +269,7 @@ def compare(candidate: CheckpointReader, reader: CheckpointReader) -> Comparison
     """
     structure = read_structure(reader)
     tokenizer = load_tokenizer(reader.path).tokenizer
-    quantized = candidate.config.get("quantization_config") is not None
+    quantized = quantization_config(candidate) is not None
     source = DequantizedSource(candidate) if quantized else candidate
     own = read_structure(source)
     _check_same_model(candidate.path, source, own, reader, structure)

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from llmopt.checkpoint.reader import CheckpointReader, MappedFile, open_checkpoint
 from llmopt.checkpoint.tensor_source import TensorInfo
 from llmopt.errors import BadInputError
+from llmopt.formats.config_file import quantization_config
 from llmopt.formats.dequantized import DequantizedSource
 from llmopt.quantization.scheme import Scheme
 from llmopt.report.inspection import Inspection, TensorLine
@@ -35,14 +36,14 @@ def inspect_path(path: Path | str) -> Inspection:
     reader = open_checkpoint(path)
     report_file = path / JSON_NAME
     report = read_json(report_file) if report_file.is_file() else None
-    quantized = reader.config.get("quantization_config")
+    quantized = quantization_config(reader)
     schemes, unread = _schemes(reader) if quantized else ({}, None)
     return Inspection(
         path=path,
         kind="artifact" if report else "checkpoint",
         tensors=_lines((name, reader.info(name)) for name in reader.names),
         architecture=_architecture(reader.config),
-        format=str(quantized.get("quant_method")) if isinstance(quantized, dict) else None,
+        format=str(quantized.get("quant_method")) if quantized else None,
         schemes=schemes,
         unread=unread,
         report=report,

@@ -28,7 +28,6 @@ from llmopt.evaluation import (
     scratch_bytes,
 )
 from llmopt.progress import Progress
-from llmopt.quantization.storage import stored_bits_per_weight
 from llmopt.recipe import Recipe, load_recipe
 from llmopt.report.schema import Environment
 from llmopt.texts import Texts, check_lengths, prepare_texts
@@ -166,7 +165,7 @@ def _needed_bytes(job: Job) -> int:
     for name, scheme in job.contract.schemes.items():
         info = job.reader.info(job.structure.disk_name(f"{name}.weight"))
         rows, columns = info.shape
-        bits = stored_bits_per_weight(scheme, (rows, columns), info.dtype)
+        bits = job.contract.form.bits_per_weight(scheme, (rows, columns), info.dtype)
         weights += int(info.num_parameters * bits / 8) - info.num_bytes
     calibration = job.texts.calibration
     hidden = 0

@@ -16,7 +16,7 @@ def config_names(structure: ModelStructure, schemes: Mapping[str, Scheme]) -> di
 
 
 def ignored_names(
-    source: TensorSource, structure: ModelStructure, kept: Iterable[str]
+    source: TensorSource, structure: ModelStructure, kept: Iterable[str], *, patterns: bool = True
 ) -> tuple[str, ...]:
     """Linear layers that are not packed, as ``quantization_config`` lists them.
 
@@ -24,6 +24,8 @@ def ignored_names(
         source: the checkpoint.
         structure: of it.
         kept: memory names of the linear layers inside the blocks that stay in 16 bit.
+        patterns: if not, each name is such a part of the names it stands for as all consumers'
+            names for them hold.
 
     Returns:
         The head (which engines make a module of even where it is tied), then ``kept``, then
@@ -32,10 +34,14 @@ def ignored_names(
     """
     head = structure.anatomy.head
     names = [head]
+    if not patterns:
+        names += [_shared_part(structure, name) for name in kept]
+        names += [part for part, _ in _outside_names(source, structure)]
+        return tuple(dict.fromkeys(names))
     if is_wrapped(structure):
         names.append(f"re:.*\\.{re.escape(head)}$")
     names += [config_name(structure, name) for name in kept]
-    names += _outside_names(source, structure)
+    names += [pattern for _, pattern in _outside_names(source, structure)]
     return tuple(dict.fromkeys(names))
 
 
@@ -52,6 +58,13 @@ def config_name(structure: ModelStructure, memory_name: str) -> str:
         return f"re:.*{re.escape(_own_components(structure)[0])}.*\\.{inner}$"
     if not _body_path(structure):  # saved as the bare body: `layers.0...`
         return f"re:(?:{re.escape(body)}\\.)?{inner}$"
+    return structure.disk_module(memory_name)
+
+
+def _shared_part(structure: ModelStructure, memory_name: str) -> str:
+    """The part of a linear layer's name that consumers agree on."""
+    if is_wrapped(structure) or not _body_path(structure):
+        return memory_name.removeprefix(f"{structure.anatomy.body}.")
     return structure.disk_module(memory_name)
 
 
@@ -74,7 +87,8 @@ def _body_path(structure: ModelStructure) -> list[str]:
     return path.split(".") if path else []
 
 
-def _outside_names(source: TensorSource, structure: ModelStructure) -> Iterator[str]:
+def _outside_names(source: TensorSource, structure: ModelStructure) -> Iterator[tuple[str, str]]:
+    """What lies outside the text model: a part of its name, and a pattern for the whole."""
     path = _body_path(structure)
     wrapped = is_wrapped(structure)
     shared = {*path, *structure.anatomy.body.split(".")}
@@ -84,6 +98,6 @@ def _outside_names(source: TensorSource, structure: ModelStructure) -> Iterator[
         parts = name.split(".")
         own = next((part for part in parts if part not in shared), parts[-1])
         if wrapped and parts[: len(path)] != path and own not in taken:
-            yield f"re:(?:.*\\.)?{re.escape(own)}(?:\\..*)?$"
+            yield own, f"re:(?:.*\\.)?{re.escape(own)}(?:\\..*)?$"
         elif len(parts) > 2 and parts[-1] == "weight" and len(source.info(name).shape) == 2:
-            yield name.removesuffix(".weight")
+            yield name.removesuffix(".weight"), name.removesuffix(".weight")

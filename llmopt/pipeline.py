@@ -20,7 +20,6 @@ from llmopt.checkpoint.shards import write_index
 from llmopt.compressing import write_parts
 from llmopt.errors import EXIT_CODES, BrokenArtifactError, ExitCode, Outcome, RoundTripError
 from llmopt.evaluation import compare, judge, one_error_family
-from llmopt.formats import FORMATS
 from llmopt.job import Job, prepare, stage_artifact
 from llmopt.naming import config_names, ignored_names
 from llmopt.progress import Progress, silent
@@ -132,10 +131,12 @@ def _finish_directory(job: Job, artifact: Artifact) -> tuple[Ledger, Companions]
     """Index, config, companions; the ledger must sum to the source."""
     entries = artifact.journal.blocks
     write_index(artifact.directory, [entry.shard for entry in entries])
-    form = FORMATS[job.recipe.output.format]
+    form = job.contract.form
     schemes = config_names(job.structure, job.contract.schemes)
-    ignored = ignored_names(job.reader, job.structure, job.contract.kept)
-    write_config(artifact.directory, job.reader, form.config(schemes, ignored))
+    ignored = ignored_names(
+        job.reader, job.structure, job.contract.kept, patterns=form.takes_patterns
+    )
+    write_config(artifact.directory, job.reader.config, form, form.config(schemes, ignored))
     companions = copy_companions(job.reader.path, artifact.directory)
     adapter = TypeAdapter(list[LedgerEntry])
     ledger = Ledger(

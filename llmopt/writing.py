@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import JsonValue
 from torch import Tensor
 
 from llmopt.checkpoint.durable import write_bytes
@@ -108,13 +109,20 @@ def _why_copied(name: str, part: Part, structure: ModelStructure) -> str:
 
 
 def write_config(
-    directory: Path, reader: CheckpointReader, quantization_config: Mapping[str, object]
+    directory: Path,
+    source_config: Mapping[str, JsonValue],
+    form: Format,
+    quantization_config: Mapping[str, JsonValue],
 ) -> None:
     """The source's ``config.json`` with the quantization added, nothing else changed.
+
+    Beside it go the files that the format's readers look for.
 
     Raises:
         StorageError: if the disk refuses.
     """
-    config = {**reader.config, "quantization_config": dict(quantization_config)}
-    content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    write_bytes(directory / "config.json", content.encode())
+    config = {**source_config, "quantization_config": dict(quantization_config)}
+    files = {"config.json": config, **form.companion_files(quantization_config)}
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_bytes(directory / name, text.encode())

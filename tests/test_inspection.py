@@ -15,8 +15,8 @@ from llmopt.inspection import inspect_path
 from llmopt.recipe import recipe_files
 
 FOREIGN: dict[str, dict[str, Any]] = {
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32},
+    "gptq": {"quant_method": "gptq", "bits": 5, "group_size": 32},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"},
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     "compressed-tensors": {
         "quant_method": "compressed-tensors",
@@ -40,7 +40,7 @@ def test_what_another_tool_quantized_is_shown_without_schemes(method: str, tmp_p
     rewrite_config(tmp_path, quantization_config=FOREIGN[method])
     seen = inspect_path(tmp_path)
     assert (seen.kind, seen.format, seen.schemes) == ("checkpoint", method, {})
-    assert seen.unread is not None and method in seen.unread
+    assert seen.unread is not None and method in seen.unread.lower()
     assert "model.layers.0.mlp.up_proj.qweight" in {tensor.name for tensor in seen.tensors}
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path)])
     assert shown.exit_code == 0 and method in shown.stdout and "not read" in shown.stdout

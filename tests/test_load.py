@@ -142,7 +142,7 @@ def test_what_is_not_such_a_checkpoint_is_refused(tmp_path):
     file = tmp_path / "config.json"
     content = json.loads(file.read_text())
     for section, message in (
-        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
+        ({"quant_method": "aqlm", "bits": 4}, "'aqlm'"),
         (
             {
                 "quant_method": "compressed-tensors",

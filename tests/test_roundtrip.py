@@ -30,7 +30,11 @@ def write(folder: Path, **changes: torch.Tensor | None) -> None:
     tensors = {**CompressedTensors().pack("m", WEIGHT), "norm.weight": NORM.clone(), **changes}
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "quantization_config": CompressedTensors().config({"m": SCHEME}, []),
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 

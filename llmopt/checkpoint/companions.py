@@ -18,7 +18,9 @@ _OTHER_WEIGHTS = PICKLE_SUFFIXES | {
     ".safetensors", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".npy",
     ".tflite", ".mlmodel", ".engine", ".nemo",
 }  # fmt: skip
-_WRITTEN_ANEW = frozenset({"config.json", "llmopt.json", "report.html"})
+_WRITTEN_ANEW = frozenset(
+    {"config.json", "llmopt.json", "report.html", "quantize_config.json", "quant_config.json"}
+)
 _RENAMED = {"README.md": "README.source.md"}  # README.md will be the model card of the output
 _CHUNK_BYTES = 1 << 24
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from pydantic import JsonValue
 from torch import Tensor
 
@@ -28,8 +29,35 @@ class Format(Protocol):
         """The name recipes use."""
         ...
 
+    @property
+    def checkpoint_format(self) -> str | None:
+        """The variant of the format that is written, ``None`` where there is one only."""
+        ...
+
+    @property
+    def takes_patterns(self) -> bool:
+        """Whether its config may name layers by regular expressions (``re:...``).
+
+        If not, its readers take an ignored name as a part of the names that it stands for.
+        """
+        ...
+
     def refusal(self, scheme: Scheme) -> str | None:
         """Why the format cannot hold ``scheme``, or ``None`` if it can."""
+        ...
+
+    def shape_refusal(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Why it cannot hold a weight of ``shape (out, in)``, or ``None`` if it can."""
+        ...
+
+    def mixture_refusal(self, schemes: Collection[Scheme]) -> str | None:
+        """Why one checkpoint cannot hold all of ``schemes``, or ``None`` if it can."""
+        ...
+
+    def bits_per_weight(
+        self, scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype
+    ) -> float:
+        """Bits that a weight of ``shape (out, in)`` takes on disk, scales and all."""
         ...
 
     def pack(self, module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -47,7 +75,9 @@ class Format(Protocol):
         """
         ...
 
-    def weight_shape(self, module: str, read: Callable[[str], Tensor]) -> tuple[int, int]:
+    def weight_shape(
+        self, module: str, read: Callable[[str], Tensor], scheme: Scheme
+    ) -> tuple[int, int]:
         """Logical ``(out, in)`` of a packed weight."""
         ...
 
@@ -56,6 +86,15 @@ class Format(Protocol):
 
         ``schemes`` maps each quantized linear layer to its scheme; ``ignored`` names the linear
         layers that are not quantized, as their consumers look them up.
+        """
+        ...
+
+    def companion_files(
+        self, config: Mapping[str, JsonValue]
+    ) -> dict[str, Mapping[str, JsonValue]]:
+        """JSON files, by name, that its readers look for beside ``config.json``.
+
+        ``config`` is what :meth:`config` gave.
         """
         ...
 

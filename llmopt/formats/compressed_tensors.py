@@ -9,10 +9,7 @@ adds half the range before it packs, so what lies on disk are our unsigned codes
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from pydantic import JsonValue
@@ -20,18 +17,33 @@ from torch import Tensor
 
 from llmopt.errors import BadInputError
 from llmopt.formats.bitstream import pack_rows, unpack_rows
+from llmopt.formats.compressed_tensors_config import (
+    CompressedTensorsSchemes,
+    read_config,
+    weights_section,
+)
+from llmopt.formats.parts import (
+    INDICES,
+    SCALES,
+    WORDS,
+    check_group_index,
+    check_scales,
+    read_part,
+)
 from llmopt.quantization.quantized_tensor import QuantizedTensor
-from llmopt.quantization.scheme import INT_BITS, ActivationOrder, IntBits, Scheme
+from llmopt.quantization.scheme import Scheme
+from llmopt.quantization.storage import stored_bits_per_weight
 
 _LEAD = "weight_packed"
 _PARTS = (_LEAD, "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-_ORDERS: dict[ActivationOrder, str | None] = {"none": None, "weight": "weight", "group": "group"}
 
 
 class CompressedTensors:
     """The ``pack-quantized`` format."""
 
     name = "compressed-tensors"
+    checkpoint_format = None
+    takes_patterns = True
 
     def refusal(self, scheme: Scheme) -> str | None:
         """Why the format cannot hold ``scheme``, or ``None`` if it can."""
@@ -41,6 +53,22 @@ class CompressedTensors:
                 "there is one group only"
             )
         return None
+
+    def shape_refusal(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Why it cannot hold a weight of ``shape``: it pads words, so any shape will do."""
+        del scheme, shape
+        return None
+
+    def mixture_refusal(self, schemes: Collection[Scheme]) -> str | None:
+        """Why one checkpoint cannot hold all of ``schemes``: it has groups for each."""
+        del schemes
+        return None
+
+    def bits_per_weight(
+        self, scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype
+    ) -> float:
+        """Stored bits a weight."""
+        return stored_bits_per_weight(scheme, shape, scale_dtype)
 
     def pack(self, module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """The checkpoint tensors, by full name, that stand for ``module``'s weight."""
@@ -61,23 +89,24 @@ class CompressedTensors:
         """The inverse of :meth:`pack`.
 
         Raises:
-            BadInputError: if the parts do not have the shapes that ``scheme`` gives them.
+            BadInputError: if parts are missing, or do not have the element types and shapes that
+                ``scheme`` gives them; a group index out of range.
         """
-        rows, columns = self.weight_shape(module, read)
+        rows, columns = self.weight_shape(module, read, scheme)
         groups = columns // scheme.columns_per_group(columns)
-        packed = read(f"{module}.weight_packed")
-        scales = read(f"{module}.weight_scale")
-        _expect(module, "weight_packed", packed, (rows, _words(columns, scheme.bits)))
-        _expect(module, "weight_scale", scales, (rows, groups))
+        words = _words(columns, scheme.bits)
+        packed = read_part(module, "weight_packed", read, WORDS, (rows, words))
+        scales = read_part(module, "weight_scale", read, SCALES, (rows, groups))
+        check_scales(module, scales)
         zero_points = group_index = None
         if not scheme.symmetric:
-            words = read(f"{module}.weight_zero_point")
-            _expect(module, "weight_zero_point", words, (_words(rows, scheme.bits), groups))
-            zero_points = unpack_rows(words.t(), scheme.bits, rows).t()
+            shape = (_words(rows, scheme.bits), groups)
+            stored = read_part(module, "weight_zero_point", read, WORDS, shape)
+            zero_points = unpack_rows(stored.t(), scheme.bits, rows).t()
             zero_points = zero_points.clone(memory_format=torch.contiguous_format)
         if scheme.activation_order == "group":
-            group_index = read(f"{module}.weight_g_idx")
-            _expect(module, "weight_g_idx", group_index, (columns,))
+            stored = read_part(module, "weight_g_idx", read, INDICES, (columns,))
+            group_index = check_group_index(module, "weight_g_idx", stored, groups)
         return QuantizedTensor(
             codes=unpack_rows(packed, scheme.bits, columns),
             scales=scales,
@@ -91,10 +120,12 @@ class CompressedTensors:
         module, _, part = tensor_name.rpartition(".")
         return (module, part == _LEAD) if part in _PARTS else None
 
-    def weight_shape(self, module: str, read: Callable[[str], Tensor]) -> tuple[int, int]:
+    def weight_shape(
+        self, module: str, read: Callable[[str], Tensor], scheme: Scheme
+    ) -> tuple[int, int]:
         """Logical ``(out, in)`` of a packed weight."""
-        shape = read(f"{module}.weight_shape")
-        _expect(module, "weight_shape", shape, (2,))
+        del scheme
+        shape = read_part(module, "weight_shape", read, INDICES, (2,))
         rows, columns = shape.tolist()
         return int(rows), int(columns)
 
@@ -121,7 +152,7 @@ class CompressedTensors:
             f"group_{index}": {
                 "targets": names,
                 "format": "pack-quantized",
-                "weights": _weights_section(scheme),
+                "weights": weights_section(scheme),
                 "input_activations": None,
                 "output_activations": None,
             }
@@ -136,109 +167,21 @@ class CompressedTensors:
             "kv_cache_scheme": None,
         }
 
+    def companion_files(
+        self, config: Mapping[str, JsonValue]
+    ) -> dict[str, Mapping[str, JsonValue]]:
+        """Files beside ``config.json``: none."""
+        del config
+        return {}
+
     def schemes(self, config: Mapping[str, JsonValue]) -> CompressedTensorsSchemes:
         """Which scheme ``config`` gives to which module.
 
         Raises:
             BadInputError: if it is another method or format, or holds what llmopt does not read.
         """
-        if config.get("quant_method") != "compressed-tensors":
-            raise BadInputError(
-                f"quantization method {config.get('quant_method')!r} is not compressed-tensors",
-                "give a directory that llmopt wrote",
-            )
-        found: list[tuple[str, Scheme]] = []
-        for name, group in cast(dict[str, dict[str, JsonValue]], config["config_groups"]).items():
-            layout = group.get("format") or config.get("format")
-            if layout != "pack-quantized" or group.get("input_activations"):
-                raise BadInputError(
-                    f"compressed-tensors {name} is {layout} with input activations "
-                    f"{group.get('input_activations')}",
-                    "llmopt reads weight-only pack-quantized checkpoints",
-                )
-            scheme = _read_weights_section(name, cast(dict[str, JsonValue], group["weights"]))
-            found += [(target, scheme) for target in cast(list[str], group["targets"])]
-        return CompressedTensorsSchemes(
-            tuple(found), tuple(cast(list[str], config.get("ignore") or []))
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class CompressedTensorsSchemes:
-    """Targets and ignored names of a config, looked up as the compressed-tensors library does.
-
-    Attributes:
-        targets: ``(target, scheme)``; a target is a module name, ``re:`` and a pattern that is
-            matched from the name's beginning, or ``Linear``.
-        ignored: module names or ``re:`` patterns.
-    """
-
-    targets: tuple[tuple[str, Scheme], ...]
-    ignored: tuple[str, ...]
-
-    def scheme_of(self, module: str) -> Scheme | None:
-        """The scheme of a linear layer: exact names first, then patterns, then the class."""
-        if any(_matches(target, module) for target in self.ignored):
-            return None
-        exact = [scheme for target, scheme in self.targets if target == module]
-        pattern = [scheme for target, scheme in self.targets if _matches(target, module)]
-        linear = [scheme for target, scheme in self.targets if target == "Linear"]
-        return next(iter(exact + pattern + linear), None)
-
-
-def _matches(target: str, module: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
-    return target == module
-
-
-def _weights_section(scheme: Scheme) -> dict[str, JsonValue]:
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
-        "dynamic": False,
-        "actorder": _ORDERS[scheme.activation_order],
-        "block_structure": None,
-        "observer": "minmax",
-    }
-
-
-def _read_weights_section(name: str, weights: Mapping[str, JsonValue]) -> Scheme:
-    bits, strategy, order = weights["num_bits"], weights["strategy"], weights.get("actorder")
-    orders = {stored: ours for ours, stored in _ORDERS.items()} | {
-        "static": "weight",
-        "dynamic": "group",
-        False: "none",
-    }
-    if (
-        weights["type"] != "int"
-        or bits not in INT_BITS
-        or strategy not in ("group", "channel")
-        or order not in orders
-    ):
-        raise BadInputError(
-            f"compressed-tensors {name}: {bits}-bit {weights['type']}, {strategy}, actorder "
-            f"{order} is not a scheme of llmopt",
-            f"llmopt reads integer weights of {INT_BITS} bits, by group or channel",
-        )
-    return Scheme(
-        bits=cast(IntBits, bits),
-        group_size=cast(int, weights["group_size"]) if strategy == "group" else None,
-        symmetric=bool(weights["symmetric"]),
-        activation_order=cast(ActivationOrder, orders[order]),
-    )
+        return read_config(config)
 
 
 def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
-
-
-def _expect(module: str, part: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise BadInputError(
-            f"{module}.{part} has shape {tuple(tensor.shape)}, expected {shape}",
-            "the checkpoint is damaged or its quantization_config is not its own",
-        )

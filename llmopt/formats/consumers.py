@@ -26,6 +26,7 @@ _Refused = Literal[
     "out_multiple",
     "mixed_schemes",
     "checkpoint_format",
+    "kept_layers",
 ]
 
 
@@ -62,6 +63,7 @@ class FormatSupport(_Section):
     mixed_schemes: bool
     fuses_shared_inputs: bool
     checkpoint_formats: tuple[str, ...] | None = None
+    kept_layers: bool = True
     reasons: dict[_Refused, str]
 
     def proven(self, scheme: Scheme) -> bool:
@@ -116,6 +118,12 @@ class FormatSupport(_Section):
         if self.mixed_schemes or len(set(schemes)) < 2:
             return None
         return f"several schemes in one checkpoint: {self.reasons['mixed_schemes']}"
+
+    def kept_refusal(self, kept: Collection[str]) -> str | None:
+        """Why it would not open a checkpoint with these linear layers in 16 bit, or ``None``."""
+        if self.kept_layers or not kept:
+            return None
+        return f"{len(kept)} layers in 16 bit: {self.reasons['kept_layers']}"
 
     def checkpoint_format_refusal(self, checkpoint_format: str | None) -> str | None:
         """Why it would not open this variant of the format, or ``None``."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from llmopt.checkpoint.reader import CheckpointReader
 from llmopt.checkpoint.tensor_source import TensorInfo
 from llmopt.errors import BadInputError
-from llmopt.formats import FORMATS
-from llmopt.formats.base import Format
+from llmopt.formats import read_format
+from llmopt.formats.config_file import quantization_config
 from llmopt.quantization.quantized_tensor import QuantizedTensor
 from llmopt.quantization.scheme import Scheme
 
@@ -25,36 +25,47 @@ class DequantizedSource:
 
     Attributes:
         config: ``config.json`` without its ``quantization_config``: the source's.
+        form: the format of the packed weights.
 
     Args:
-        reader: an opened checkpoint whose ``config.json`` has a ``quantization_config``.
+        reader: an opened checkpoint with a ``quantization_config``, its own or another tool's.
 
     Raises:
-        BadInputError: if it has none, or one that no format reads.
+        BadInputError: if it has none, or one that no format reads; a packed weight without its
+            codes.
     """
 
     def __init__(self, reader: CheckpointReader) -> None:
-        config = reader.config.get("quantization_config")
-        if not isinstance(config, dict):
+        config = quantization_config(reader)
+        if config is None:
             raise BadInputError(
                 f"{reader.path} is not quantized: its config.json has no quantization_config",
-                "give a directory that llmopt wrote",
+                "give the directory of a quantized model",
             )
         self._reader = reader
         self.config: Mapping[str, JsonValue] = {
-            key: value for key, value in reader.config.items() if key != "quantization_config"
+            key: value
+            for key, value in reader.config.items()
+            if key not in ("quantization_config", "compression_config")
         }
-        self._format = _find_format(config)
-        self._table = self._format.schemes(config)
-        self._modules: dict[str, str] = {}  # weight name -> module
-        names: list[str] = []
-        for name in reader.names:
-            part = self._format.weight_name(name)
-            if part is None:
-                names.append(name)
-            elif part[1]:
-                names.append(f"{part[0]}.weight")
-                self._modules[f"{part[0]}.weight"] = part[0]
+        self.form = read_format(config)
+        self._table = self.form.schemes(config)
+        parts = {name: part for name in reader.names if (part := self.form.weight_name(name))}
+        # weight name -> (module, the tensor that leads)
+        self._modules = {
+            f"{module}.weight": (module, name) for name, (module, leads) in parts.items() if leads
+        }
+        for name, (module, _) in parts.items():
+            if f"{module}.weight" not in self._modules:
+                raise BadInputError(
+                    f"{reader.path} holds {name}, but not the codes that it belongs to",
+                    "download the checkpoint again, completely",
+                )
+        names = (
+            f"{parts[name][0]}.weight" if name in parts else name
+            for name in reader.names
+            if name not in parts or parts[name][1]
+        )
         self._names = tuple(names)
 
     @property
@@ -65,28 +76,26 @@ class DequantizedSource:
     @property
     def quantized_modules(self) -> tuple[str, ...]:
         """The linear layers whose weights are packed, in file order."""
-        return tuple(self._modules.values())
+        return tuple(module for module, _ in self._modules.values())
 
     def info(self, name: str) -> TensorInfo:
         """What :meth:`read` will give, and the file it comes from."""
-        module = self._modules.get(name)
-        if module is None:
+        if name not in self._modules:
             return self._reader.info(name)
-        scales = self._reader.info(f"{module}.weight_scale")
-        rows, columns = self._format.weight_shape(module, self._reader.read)
+        module, lead = self._modules[name]
+        rows, columns = self.form.weight_shape(module, self._reader.read, self.scheme_of(module))
         return TensorInfo(
             dtype=torch.float32,
             shape=(rows, columns),
             num_bytes=rows * columns * torch.float32.itemsize,
-            file=scales.file,
+            file=self._reader.info(lead).file,
         )
 
     def read(self, name: str) -> Tensor:
         """The tensor, dequantized where it is packed."""
-        module = self._modules.get(name)
-        if module is None:
+        if name not in self._modules:
             return self._reader.read(name)
-        return self.read_quantized(module).dequantize()
+        return self.read_quantized(self._modules[name][0]).dequantize()
 
     def read_quantized(self, module: str) -> QuantizedTensor:
         """The packed weight of a linear layer, as codes.
@@ -94,7 +103,7 @@ class DequantizedSource:
         Raises:
             BadInputError: if the config gives this module no scheme.
         """
-        return self._format.unpack(module, self._reader.read, self.scheme_of(module))
+        return self.form.unpack(module, self._reader.read, self.scheme_of(module))
 
     def scheme_of(self, module: str) -> Scheme:
         """The scheme of a packed linear layer; raises BadInputError if the config has none."""
@@ -105,13 +114,3 @@ class DequantizedSource:
                 "the config.json belongs to another checkpoint",
             )
         return scheme
-
-
-def _find_format(config: Mapping[str, JsonValue]) -> Format:
-    method = config.get("quant_method")
-    if not isinstance(method, str) or method not in FORMATS:
-        raise BadInputError(
-            f"quantization method {method!r} is not one llmopt reads",
-            f"llmopt reads {', '.join(FORMATS)}",
-        )
-    return FORMATS[method]

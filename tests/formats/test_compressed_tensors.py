@@ -31,7 +31,7 @@ def test_pack_and_unpack_are_inverse_and_the_library_agrees(
     tensor = rtn(random_weight(rows, columns), scheme, scale_dtype=torch.bfloat16)
     packed = FORM.pack("a.b", tensor)
     assert FORM.unpack("a.b", packed.__getitem__, scheme).digest() == tensor.digest()
-    assert FORM.weight_shape("a.b", packed.__getitem__) == (rows, columns)
+    assert FORM.weight_shape("a.b", packed.__getitem__, scheme) == (rows, columns)
     local = {name.removeprefix("a.b."): part for name, part in packed.items()}
     config = QuantizationConfig.model_validate(FORM.config({"a.b": scheme}, []))
     library = PackedQuantizationCompressor.decompress(local, config.config_groups["group_0"])

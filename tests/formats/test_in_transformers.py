@@ -113,8 +113,8 @@ def test_a_dequantized_source_has_the_names_and_weights_of_the_source(tmp_path):
     assert source.scheme_of("model.layers.0.self_attn.q_proj") == schemes[0]
 
 
-@pytest.mark.parametrize("section", [None, {"quant_method": "awq"}])
-def test_what_is_not_quantized_by_us_is_refused(section, tmp_path):
+@pytest.mark.parametrize("section", [None, {"quant_method": "aqlm"}])
+def test_what_no_format_reads_is_refused(section, tmp_path):
     save_tiny_llama(tmp_path, [Scheme(4, 32)], torch.bfloat16)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = section

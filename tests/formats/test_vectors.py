@@ -8,11 +8,15 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import save_file
 
+from llmopt.formats import FORMATS, read_format
 from llmopt.formats.compressed_tensors import CompressedTensors
-from llmopt.formats.independent import RawShards
+from llmopt.formats.independent import RawShards, find_decoder
 from llmopt.quantization.scheme import Scheme
 
-VECTORS = sorted((Path(__file__).parent / "vectors").glob("*.json"))
+FOLDER = Path(__file__).parent / "vectors"
+VECTORS = sorted(FOLDER.glob("*/*.json"))
+LIBRARY = sorted(FOLDER.glob("compressed-tensors/*.json"))
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 def words(rows: list[list[str]]) -> torch.Tensor:
@@ -22,21 +26,24 @@ def words(rows: list[list[str]]) -> torch.Tensor:
 
 
 def stored_tensors(vector: dict) -> dict[str, torch.Tensor]:
-    tensors = {
-        "m.weight_packed": words(vector["weight_packed"]),
-        "m.weight_scale": torch.tensor(vector["scales"], dtype=torch.bfloat16),
-        "m.weight_shape": torch.tensor(vector["weight_shape"]),
-    }
-    if vector["weight_zero_point"]:
-        tensors["m.weight_zero_point"] = words(vector["weight_zero_point"])
-    if vector["weight_g_idx"]:
-        tensors["m.weight_g_idx"] = torch.tensor(vector["weight_g_idx"], dtype=torch.int32)
+    tensors = {}
+    for name, part in vector["parts"].items():
+        if name in ("weight_scale", "scales"):
+            tensors[f"m.{name}"] = torch.tensor(part, dtype=torch.bfloat16)
+        elif name in ("weight_g_idx", "g_idx"):
+            tensors[f"m.{name}"] = torch.tensor(part, dtype=torch.int32)
+        else:
+            tensors[f"m.{name}"] = torch.tensor(part) if name == "weight_shape" else words(part)
     return tensors
 
 
-@pytest.fixture(params=VECTORS, ids=lambda path: path.stem)
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(params=VECTORS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def vector(request) -> dict:
-    return json.loads(request.param.read_text(encoding="utf-8"))
+    return load(request.param)
 
 
 def scheme_of(vector: dict) -> Scheme:
@@ -45,19 +52,64 @@ def scheme_of(vector: dict) -> Scheme:
     )
 
 
-def test_there_are_vectors():
-    assert len(VECTORS) == 9
+def test_there_are_vectors_of_every_format():
+    count = {folder.name: len(list(folder.glob("*.json"))) for folder in FOLDER.iterdir()}
+    assert count == {"compressed-tensors": 9, "gptq": 6, "gptq_v2": 3, "awq": 3}
+    assert {load(path)["quantization_config"]["quant_method"] for path in VECTORS} == set(FORMATS)
+
+
+def hex_words(codes: list[int], bits: int) -> list[str]:
+    """Codes as one number, the first lowest, cut into words."""
+    stream = sum(code << (bits * place) for place, code in enumerate(codes))
+    return [f"{stream >> (32 * i) & 0xFFFFFFFF:08x}" for i in range(-(-len(codes) * bits // 32))]
+
+
+def columns(rows: list[list]) -> list[list]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def interleaved(codes: list[int]) -> list[int]:
+    return [codes[start + i] for start in range(0, len(codes), 8) for i in AWQ_ORDER]
 
 
 def test_a_word_is_the_sum_of_its_shifted_codes(vector):
-    bits = vector["bits"]
-    for codes, row in zip(vector["codes"], vector["weight_packed"], strict=True):
-        stream = sum(code << (bits * place) for place, code in enumerate(codes))
-        assert row == [f"{stream >> (32 * i) & 0xFFFFFFFF:08x}" for i in range(len(row))]
+    """The bytes, spelled out from the description of each format."""
+    bits, config, parts = vector["bits"], vector["quantization_config"], vector["parts"]
+    groups = len(vector["scales"][0])
+    midpoint = 1 << (bits - 1)
+    zeros = vector["zero_points"] or [[midpoint] * groups for _ in vector["codes"]]
+    trivial = [j * groups // len(vector["codes"][0]) for j in range(len(vector["codes"][0]))]
+    if config["quant_method"] == "compressed-tensors":
+        expected = {
+            "weight_packed": [hex_words(row, bits) for row in vector["codes"]],
+            "weight_scale": vector["scales"],
+            "weight_shape": [len(vector["codes"]), len(trivial)],
+        }
+        if vector["zero_points"]:
+            packed = [hex_words(column, bits) for column in columns(zeros)]
+            expected["weight_zero_point"] = columns(packed)
+        if vector["group_index"]:
+            expected["weight_g_idx"] = vector["group_index"]
+    elif config["quant_method"] == "gptq":
+        less = {"gptq": 1, "gptq_v2": 0}[config["checkpoint_format"]]
+        stored = [[zero - less for zero in column] for column in columns(zeros)]
+        expected = {
+            "qweight": columns([hex_words(row, bits) for row in vector["codes"]]),
+            "qzeros": [hex_words(column, bits) for column in stored],
+            "scales": columns(vector["scales"]),
+            "g_idx": vector["group_index"] or trivial,
+        }
+    else:
+        expected = {
+            "qweight": [hex_words(interleaved(col), 4) for col in columns(vector["codes"])],
+            "qzeros": [hex_words(interleaved(col), 4) for col in columns(zeros)],
+            "scales": columns(vector["scales"]),
+        }
+    assert parts == expected
 
 
 def test_the_format_reads_and_writes_a_vector(vector):
-    form, stored = CompressedTensors(), stored_tensors(vector)
+    form, stored = read_format(vector["quantization_config"]), stored_tensors(vector)
     tensor = form.unpack("m", stored.__getitem__, scheme_of(vector))
     assert tensor.codes.tolist() == vector["codes"]
     assert (None if tensor.zero_points is None else tensor.zero_points.tolist()) == vector[
@@ -70,22 +122,34 @@ def test_the_format_reads_and_writes_a_vector(vector):
     assert all(torch.equal(packed[name], stored[name]) for name in stored)
 
 
+def test_the_config_of_a_vector_means_its_scheme(vector):
+    scheme, config = scheme_of(vector), vector["quantization_config"]
+    found = read_format(config).schemes(config).scheme_of("m")
+    assert found is not None
+    if config["quant_method"] == "awq":  # its files always have zero points
+        assert not found.symmetric and found.group_size == scheme.group_size
+    else:
+        assert found == scheme
+
+
 def test_the_independent_decoder_reads_a_vector(vector, tmp_path):
     save_file(stored_tensors(vector), tmp_path / "model.safetensors")
     shards = RawShards([tmp_path / "model.safetensors"])
-    decoded = shards.decode("m", vector["bits"], vector["symmetric"])
+    decoder = find_decoder(vector["quantization_config"])
+    assert decoder.packed_modules(shards) == ("m",)
+    decoded = decoder.decode(shards, "m", scheme_of(vector))
     assert decoded.codes.tolist() == vector["codes"]
     assert decoded.scales.tolist() == vector["scales"]
     assert decoded.digest() == vector["digest"]
 
 
-def test_the_library_dequantizes_a_vector_alike(vector):
-    if vector["weight_g_idx"]:  # the installed library reads no group index: permute for it
-        order = np.argsort(vector["weight_g_idx"], kind="stable")
-    else:
-        order = np.arange(len(vector["codes"][0]))
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_the_library_dequantizes_a_vector_alike(path):
+    vector = load(path)
     stored = stored_tensors(vector)
-    if vector["weight_g_idx"]:
+    order = np.arange(len(vector["codes"][0]))
+    if vector["group_index"]:  # the installed library reads no group index: permute for it
+        order = np.argsort(vector["group_index"], kind="stable")
         codes = torch.tensor(vector["codes"], dtype=torch.uint8)[:, torch.from_numpy(order)]
         ordered = CompressedTensors().unpack("m", stored.__getitem__, scheme_of(vector))
         replaced = type(ordered)(

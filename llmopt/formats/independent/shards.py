@@ -1,8 +1,4 @@
-"""A second reader of ``pack-quantized`` checkpoints that shares no code with the first.
-
-It parses safetensors bytes and unpacks bits with numpy alone, one bit at a time, so that an error
-in the packer cannot hide in its own inverse. Written from the descriptions of the two formats.
-"""
+"""Safetensors bytes and streams of bits, read with numpy alone, one bit at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,51 +52,29 @@ class RawShards:
             self._read_header(file)
 
     @property
-    def packed_modules(self) -> tuple[str, ...]:
-        """The linear layers with a packed weight, in file order."""
-        suffix = ".weight_packed"
+    def names(self) -> tuple[str, ...]:
+        """All tensors, in file order."""
+        return tuple(self._entries)
+
+    def modules_with(self, part: str) -> tuple[str, ...]:
+        """The modules that have a tensor ``part``, in file order."""
+        suffix = f".{part}"
         return tuple(name.removesuffix(suffix) for name in self._entries if name.endswith(suffix))
 
     def tensor(self, name: str) -> NDArray[np.generic]:
         """One tensor; bfloat16 comes back as float32, all else as stored."""
         if name not in self._entries:
-            raise _broken(f"{name} is not in the files")
+            raise broken(f"{name} is not in the files")
         file, kind, shape, start, stop = self._entries[name]
         with file.open("rb") as handle:
             handle.seek(start)
             data = handle.read(stop - start)
         array = np.frombuffer(data, dtype=_DTYPES[kind])
         if array.size != int(np.prod(shape)):
-            raise _broken(f"{name} has {array.size} elements for shape {shape}")
+            raise broken(f"{name} has {array.size} elements for shape {shape}")
         if kind == "BF16":  # the upper half of a float32
             array = (array.astype(np.uint32) << 16).view(np.float32)
         return array.reshape(shape)
-
-    def decode(self, module: str, bits: int, symmetric: bool) -> DecodedWeight:
-        """The packed weight of one linear layer.
-
-        Raises:
-            RoundTripError: if a part is missing, or is there and should not be.
-        """
-        shape = self.tensor(f"{module}.weight_shape")
-        rows, columns = (int(size) for size in shape)
-        has_zero_points = f"{module}.weight_zero_point" in self._entries
-        if has_zero_points == symmetric:
-            raise _broken(
-                f"{module}: zero points {'stored' if has_zero_points else 'missing'} for a "
-                f"{'symmetric' if symmetric else 'asymmetric'} scheme"
-            )
-        zero_points = group_index = None
-        if has_zero_points:
-            words = self.tensor(f"{module}.weight_zero_point").T
-            zero_points = np.ascontiguousarray(_expand(words, bits, rows).T)
-        if f"{module}.weight_g_idx" in self._entries:
-            group_index = cast(NDArray[np.int32], self.tensor(f"{module}.weight_g_idx"))
-        codes = _expand(self.tensor(f"{module}.weight_packed"), bits, columns)
-        if codes.shape != (rows, columns):
-            raise _broken(f"{module}: codes are {codes.shape}, weight_shape {(rows, columns)}")
-        scales = self.tensor(f"{module}.weight_scale").astype(np.float32)
-        return DecodedWeight(codes, scales, zero_points, group_index)
 
     def _read_header(self, file: Path) -> None:
         size = file.stat().st_size
@@ -113,15 +86,19 @@ class RawShards:
                 continue
             start, stop = (8 + length + offset for offset in entry["data_offsets"])
             if name in self._entries or stop > size:
-                raise _broken(f"{name} stands twice or reaches past the end of {file.name}")
+                raise broken(f"{name} stands twice or reaches past the end of {file.name}")
             self._entries[name] = (file, entry["dtype"], tuple(entry["shape"]), start, stop)
 
 
-def _expand(words: NDArray[np.generic], bits: int, count: int) -> NDArray[np.uint8]:
-    """``(rows, words) int32`` to ``(rows, count) uint8``: code ``i`` starts at bit ``i * bits``."""
+def expand(words: NDArray[np.generic], bits: int, count: int) -> NDArray[np.uint8]:
+    """``(rows, words) int32`` to ``(rows, count) uint8``: code ``i`` starts at bit ``i * bits``.
+
+    Raises:
+        RoundTripError: if the words cannot hold so many codes.
+    """
     rows, width = words.shape
     if width * 32 < count * bits:
-        raise _broken(f"{width} words cannot hold {count} codes of {bits} bits")
+        raise broken(f"{width} words cannot hold {count} codes of {bits} bits")
     values = (1 << np.arange(bits)).astype(np.uint8)
     codes = np.empty((rows, count), dtype=np.uint8)
     chunk = max(1, _BIT_ELEMENTS // (width * 32))
@@ -132,7 +109,8 @@ def _expand(words: NDArray[np.generic], bits: int, count: int) -> NDArray[np.uin
     return codes
 
 
-def _broken(what: str) -> RoundTripError:
+def broken(what: str) -> RoundTripError:
+    """What is on disk is not what it should be."""
     return RoundTripError(
         what, "the written checkpoint is not what was meant; please report this as a defect"
     )

@@ -1,0 +1,193 @@
+"""The ``quantization_config`` of GPTQ files, as each of its writers spells it.
+
+GPTQModel has rules for single layers under ``dynamic``: a regular expression, matched from the
+name's beginning, after ``+:`` (or nothing) for other values, after ``-:`` for a layer that is not
+quantized; the first rule that matches wins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from pydantic import JsonValue
+
+from llmopt.errors import BadInputError
+from llmopt.quantization.scheme import INT_BITS, IntBits, Scheme
+
+CheckpointFormat = Literal["gptq", "gptq_v2"]
+CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
+
+# vLLM looks rules up by the names of the layers that it has fused.
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+_HEADS = ("lm_head", r"re:.*\.lm_head$")  # `lm_head: false` speaks for them
+
+
+@dataclass(frozen=True, slots=True)
+class GPTQSchemes:
+    """A base scheme and rules for single layers.
+
+    Attributes:
+        checkpoint_format: the variant of the files.
+        base: where no rule matches.
+        rules: ``(pattern, scheme)``; ``None`` for a layer that is not quantized.
+    """
+
+    checkpoint_format: CheckpointFormat
+    base: Scheme
+    rules: tuple[tuple[re.Pattern[str], Scheme | None], ...] = ()
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """The scheme of a linear layer."""
+        for pattern, scheme in self.rules:
+            if pattern.match(module):
+                return scheme
+        return self.base
+
+
+def scheme_keys(scheme: Scheme) -> dict[str, JsonValue]:
+    """A scheme in the words of the config; the order in which columns were solved has none."""
+    return {
+        "bits": scheme.bits,
+        "group_size": -1 if scheme.group_size is None else scheme.group_size,
+        "desc_act": scheme.activation_order == "group",
+        "sym": scheme.symmetric,
+    }
+
+
+def rules(
+    base: Scheme, schemes: Mapping[str, Scheme], ignored: Sequence[str]
+) -> dict[str, JsonValue]:
+    """``dynamic`` for all that is not ``base``, and for transformers the layers by name.
+
+    Names are module names, or regular expressions after ``re:``.
+    """
+    kept = [name for name in ignored if name not in _HEADS]
+    dynamic: dict[str, JsonValue] = {f"-:{_pattern(name)}": {} for name in kept}
+    keys = scheme_keys(base)
+    for name, scheme in schemes.items():
+        own = scheme_keys(scheme)
+        if own != keys:
+            dynamic[f"+:{_pattern(name, fused=True)}"] = own
+    found: dict[str, JsonValue] = {"dynamic": dynamic} if dynamic else {}
+    if kept and not any(name.startswith("re:") for name in schemes):
+        # optimum knows no `dynamic`; it takes layers whose name ends with one of these.
+        found["modules_in_block_to_quantize"] = [list(schemes)]
+    return found
+
+
+def _pattern(name: str, *, fused: bool = False) -> str:
+    if name.startswith("re:"):
+        return name.removeprefix("re:")
+    parent, dot, last = name.rpartition(".")
+    if fused and last in _FUSED:
+        return f"{re.escape(parent + dot)}(?:{last}|{_FUSED[last]})$"
+    return f"{re.escape(name)}$"
+
+
+def read_config(config: Mapping[str, JsonValue]) -> GPTQSchemes:
+    """The schemes of a GPTQ ``quantization_config`` or ``quantize_config.json``.
+
+    Raises:
+        BadInputError: another method, variant or packing, or values that are no scheme.
+    """
+    method = str(config.get("quant_method", "gptq")).lower()
+    if method != "gptq":
+        raise BadInputError(
+            f"quantization method {method!r} is not gptq", "give a directory of GPTQ files"
+        )
+    if config.get("is_marlin_format"):
+        raise BadInputError(
+            "the GPTQ files are in marlin's layout (is_marlin_format)",
+            "take the model in the plain gptq layout",
+        )
+    pack_dtype = str(config.get("pack_dtype", "int32")).removeprefix("torch.")
+    if pack_dtype != "int32":
+        raise BadInputError(
+            f"GPTQ files packed into {pack_dtype} words", "llmopt reads words of int32"
+        )
+    base = _read_scheme(config, "the GPTQ config")
+    return GPTQSchemes(read_checkpoint_format(config), base, _read_rules(config))
+
+
+def read_checkpoint_format(config: Mapping[str, JsonValue]) -> CheckpointFormat:
+    """The variant that a config declares, under either of its two keys; v1 without a word.
+
+    Raises:
+        BadInputError: an unknown one, or two that differ.
+    """
+    named = {
+        key: str(config[key]).lower()
+        for key in ("checkpoint_format", "format")
+        if config.get(key) is not None
+    }
+    if len(set(named.values())) > 1:
+        words = ", ".join(f"{key} {value}" for key, value in named.items())
+        raise BadInputError(
+            f"the GPTQ config contradicts itself: {words}", "ask the maker of the file which it is"
+        )
+    found = next(iter(named.values()), "gptq")
+    for known in CHECKPOINT_FORMATS:
+        if found == known:
+            return known
+    raise BadInputError(
+        f"GPTQ checkpoint_format {found!r} is not one llmopt reads",
+        f"llmopt reads {' and '.join(CHECKPOINT_FORMATS)}",
+    )
+
+
+def _read_scheme(config: Mapping[str, JsonValue], where: str) -> Scheme:
+    missing = [key for key in ("bits", "group_size") if key not in config]
+    if missing:
+        raise BadInputError(
+            f"{where} lacks {' and '.join(missing)}", "add what the maker of the file says"
+        )
+    bits, group_size = config["bits"], config["group_size"]
+    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
+    if bits not in INT_BITS or not whole or not (group_size == -1 or cast(int, group_size) > 0):
+        raise BadInputError(
+            f"{where}: {bits} bits in groups of {group_size} is not a scheme of llmopt",
+            f"llmopt reads integer weights of {INT_BITS} bits, by group or channel (-1)",
+        )
+    size = None if group_size == -1 else cast(int, group_size)
+    # With one group a row an order of groups means nothing.
+    grouped = bool(config.get("desc_act", False)) and size is not None
+    return Scheme(
+        bits=cast(IntBits, bits),
+        group_size=size,
+        symmetric=bool(config.get("sym", True)),
+        activation_order="group" if grouped else "none",
+    )
+
+
+def _read_rules(
+    config: Mapping[str, JsonValue],
+) -> tuple[tuple[re.Pattern[str], Scheme | None], ...]:
+    found: list[tuple[re.Pattern[str], Scheme | None]] = []
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise BadInputError("the GPTQ config's dynamic is not a mapping", "mend config.json")
+    for rule, changes in dynamic.items():
+        negative = rule.startswith("-:")
+        try:
+            pattern = re.compile(rule.removeprefix("-:").removeprefix("+:"))
+        except re.error as error:
+            raise BadInputError(
+                f"the GPTQ config's rule {rule!r} is no regular expression: {error}",
+                "mend config.json",
+            ) from error
+        if negative:
+            found.append((pattern, None))
+            continue
+        if not isinstance(changes, dict):
+            raise BadInputError(f"the GPTQ config's rule {rule!r} is empty", "mend config.json")
+        found.append((pattern, _read_scheme({**config, **changes}, f"the rule {rule!r}")))
+    return tuple(found)
