@@ -79,7 +79,7 @@ def quantize(
         with stopwatch("quantize"):
             write_parts(job, artifact, progress)
         with stopwatch("finish"):
-            ledger, companions = _finish_directory(job, artifact)
+            ledger, companions = finish_directory(job, artifact)
         layers = [layer for entry in artifact.journal.blocks for layer in _layers_of(entry)]
         try:
             with stopwatch("round trip"):
@@ -127,7 +127,7 @@ class _Broken:
     outcome: Outcome = "fail"
 
 
-def _finish_directory(job: Job, artifact: Artifact) -> tuple[Ledger, Companions]:
+def finish_directory(job: Job, artifact: Artifact) -> tuple[Ledger, Companions]:
     """Index, config, companions; the ledger must sum to the source."""
     entries = artifact.journal.blocks
     write_index(artifact.directory, [entry.shard for entry in entries])

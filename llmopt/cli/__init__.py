@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from llmopt.cli import demo, eval, inspect, quantize, recipes
+from llmopt.cli import bench, demo, eval, inspect, quantize, recipes
 from llmopt.cli.console import errors
 from llmopt.errors import AlreadyConcludedError, ExitCode, LlmoptError
 from llmopt_evals.errors import EvaluationError
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 for command in (quantize.quantize, eval.evaluate, inspect.inspect, recipes.recipes, demo.demo):
     app.command(name="eval" if command is eval.evaluate else None)(command)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -1,0 +1,238 @@
+"""``llmopt bench quantize``: llmopt, its peers and the floor, on one model, in one run."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmopt.bench.environments import BuildError
+from llmopt.bench.evaluating import Evaluator, held_out_blocks
+from llmopt.bench.floor import Floor, count_work, measure_matrix_rate, memory_bound_bytes
+from llmopt.bench.measuring import RUNNERS, Measurement, Request, RunError, measure
+from llmopt.bench.peers import LLMOPT, Method, Quantizer
+from llmopt.bench.rows import (
+    BenchReport,
+    Row,
+    Setting,
+    current_commit,
+    machine_name,
+    measured_row,
+    now,
+    write_report,
+)
+from llmopt.calibration.text import read_documents
+from llmopt.calibration.tokenizer import load_tokenizer
+from llmopt.calibration.tokens import cut_blocks
+from llmopt.checkpoint.durable import storage_errors
+from llmopt.checkpoint.reader import open_checkpoint
+from llmopt.errors import BadInputError, ExitCode, LlmoptError
+from llmopt.progress import Progress, silent
+from llmopt.recipe import load_recipe
+from llmopt_evals.errors import EvaluationError
+
+BITS = 4
+GROUP_SIZE = 128
+OUTPUT = "output"
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """What is measured.
+
+    Attributes:
+        model: folder of the source.
+        output: the JSON file; must not exist.
+        methods: of which plain rounding is llmopt's alone.
+        peers: beside llmopt.
+        num_samples: calibration blocks.
+        length: tokens of each.
+        threads: of every quantizer.
+        repeats: runs a row.
+        held_out_tokens: that quality is measured on, or a block more.
+        recipes: of llmopt, beside the ones that stand for a method.
+        runners: folder of the quantizers' scripts.
+    """
+
+    model: Path
+    output: Path
+    methods: tuple[Method, ...]
+    peers: tuple[Quantizer, ...]
+    num_samples: int = 128
+    length: int = 512
+    threads: int = 2
+    repeats: int = 1
+    held_out_tokens: int = 65_536
+    recipes: tuple[str, ...] = ()
+    runners: Path = RUNNERS
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row to be: a quantizer, a method, and llmopt's recipe for it."""
+
+    quantizer: Quantizer
+    method: Method
+    recipe: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the row is called."""
+        default = self.quantizer.recipes.get(self.method)
+        special = self.recipe is not None and self.recipe != default
+        return f"{self.quantizer.name} {self.recipe}" if special else self.quantizer.name
+
+
+def exit_code(report: BenchReport) -> ExitCode:
+    """Whether the table is whole: a row that failed fails, one that is unavailable leaves a gap."""
+    statuses = {row.status for row in report.rows}
+    if "failed" in statuses:
+        return ExitCode.FAIL
+    return ExitCode.INCONCLUSIVE if "unavailable" in statuses else ExitCode.PASS
+
+
+def bench_quantize(options: BenchOptions, progress: Progress = silent) -> BenchReport:
+    """Measure every row; the report is on disk after each of them.
+
+    Raises:
+        BadInputError: a model that cannot be opened, an output that exists, too little text.
+        StorageError: the disk refuses.
+    """
+    check_output_file(options.output)
+    entries = plan_entries(options)
+    blocks = held_out_blocks(options.model, options.held_out_tokens)
+    tokens = calibration_tokens(options)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="llmopt-bench-") as scratch:
+        evaluator = Evaluator(options.model, blocks, Path(scratch))
+        structure = evaluator.structure
+        work = count_work(structure, options.num_samples, options.length)
+        floor = Floor(work, measure_matrix_rate(options.threads))
+        reader = open_checkpoint(options.model)
+        setting = Setting(
+            model=options.model.resolve().name,
+            num_parameters=sum(reader.info(name).num_parameters for name in reader.names),
+            num_samples=options.num_samples,
+            length=options.length,
+            tokens_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            held_out_tokens=sum(map(len, blocks)),
+            memory_bound_bytes=memory_bound_bytes(structure, tokens.numel()),
+            threads=options.threads,
+            machine=machine_name(),
+            python=platform.python_version(),
+            commit=current_commit(),
+            date=now(),
+        )
+        for index, entry in enumerate(entries):
+            progress("rows", index, len(entries))
+            rows.append(_row(entry, options, tokens, evaluator, Path(scratch) / str(index)))
+            complete = len(rows) == len(entries)
+            report = BenchReport(setting, floor, tuple(rows), complete)
+            write_report(options.output, report)
+        progress("rows", len(entries), len(entries))
+    return report
+
+
+def plan_entries(options: BenchOptions) -> list[Entry]:
+    """The rows to be: plain rounding, then each method by llmopt and by the peers that have it.
+
+    Raises:
+        BadInputError: a recipe that is not there, or cannot be read.
+    """
+    entries: list[Entry] = []
+    for method in dict.fromkeys(("rtn", *options.methods)):
+        recipes = [LLMOPT.recipes[method]]
+        recipes += [name for name in options.recipes if load_recipe(name).quantize.solver == method]
+        for recipe in dict.fromkeys(recipes):
+            load_recipe(recipe)
+            entries.append(Entry(LLMOPT, method, recipe))
+        entries += [Entry(peer, method) for peer in options.peers if method in peer.methods]
+    return entries
+
+
+def calibration_tokens(options: BenchOptions) -> torch.Tensor:
+    """``(samples, length) int64`` of the built-in text, as llmopt itself would cut them.
+
+    Raises:
+        BadInputError: too little text for so many blocks.
+    """
+    tokenizer = load_tokenizer(options.model).tokenizer
+    documents = read_documents("builtin", split="calibration", tokenizer=tokenizer)
+    return cut_blocks(
+        documents,
+        tokenizer,
+        num_samples=options.num_samples,
+        sequence_length=options.length,
+        seed=0,
+    ).blocks
+
+
+def check_output_file(path: Path) -> None:
+    """Hold that the report can be written before an hour is spent on it.
+
+    Raises:
+        BadInputError: it exists, or its folder does not.
+    """
+    if path.exists():
+        raise BadInputError(f"{path} exists", "name another file, or remove this one")
+    if not path.parent.is_dir():
+        raise BadInputError(f"{path.parent} is not a directory", "make it, or name another")
+
+
+def _row(
+    entry: Entry, options: BenchOptions, tokens: torch.Tensor, evaluator: Evaluator, folder: Path
+) -> Row:
+    quantizer, method = entry.quantizer, entry.method
+    symmetric = quantizer.methods[method]
+    scheme = f"W{BITS}A16 g{GROUP_SIZE} {'sym' if symmetric else 'asym'}"
+    try:
+        python = quantizer.python()
+    except BuildError as error:
+        return Row(entry.name, method, scheme, "unavailable", reason=str(error))
+    try:
+        runs = _runs(entry, python, symmetric, options, tokens, folder)
+        quality = evaluator(folder / OUTPUT)
+    except (RunError, LlmoptError, EvaluationError) as error:
+        return Row(entry.name, method, scheme, "failed", reason=str(error))
+    size = sum(file.stat().st_size for file in (folder / OUTPUT).glob("*.safetensors"))
+    shutil.rmtree(folder)
+    return measured_row(entry.name, method, scheme, runs, size, quality)
+
+
+def _runs(
+    entry: Entry,
+    python: Path,
+    symmetric: bool,
+    options: BenchOptions,
+    tokens: torch.Tensor,
+    folder: Path,
+) -> list[Measurement]:
+    """One measurement a repeat; the last output stays in ``folder``."""
+    request = Request(
+        model=str(options.model.resolve()),
+        output=str(folder / OUTPUT),
+        token_ids=tokens.tolist(),
+        method=entry.method,
+        bits=BITS,
+        group_size=GROUP_SIZE,
+        symmetric=symmetric,
+        threads=options.threads,
+        options={"recipe": entry.recipe} if entry.recipe else {},
+    )
+    variables = {
+        name: value.format(threads=options.threads)
+        for name, value in entry.quantizer.variables.items()
+    }
+    runs = []
+    for _ in range(options.repeats):
+        with storage_errors(f"cannot prepare {folder}"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        module = entry.quantizer.module
+        runs.append(measure(python, module, request, folder, variables, options.runners))
+    return runs

@@ -1,0 +1,84 @@
+"""llmopt itself, measured as its peers are: in a process of its own, on the same token ids.
+
+What is timed as quantization is what the peers do in theirs: calibrate, solve, pack, write. The
+contract, the evaluation text and the source's hashes count for the wall time; the gate is left to
+the benchmark's evaluator, which judges every quantizer alike.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmopt.calibration.statistics
+import llmopt.calibration.walker
+import llmopt.compressing
+import llmopt.solving
+from llmopt.bench.stopwatch import Stopwatch
+from llmopt.compressing import write_parts
+from llmopt.job import Job, prepare, stage_artifact
+from llmopt.pipeline import finish_directory
+from llmopt.progress import silent
+from llmopt.recipe import Recipe, load_recipe
+
+PACKAGES = ("llmopt", "transformers")
+
+# Where the phases are entered: an attribute that is gone fails the run, and its test.
+PHASES: tuple[tuple[object, str, str], ...] = (
+    (llmopt.calibration.walker.BlockWalker, "start", "calibration forwards"),
+    (llmopt.compressing, "advance", "calibration forwards"),
+    (llmopt.solving, "collect", "calibration forwards"),
+    (llmopt.calibration.statistics.InputStatistics, "update", "Hessians"),
+    (llmopt.compressing, "solve_block", "solve"),
+    (llmopt.compressing, "round_block", "solve"),
+    (llmopt.compressing, "_write_part", "pack and write"),
+)
+
+
+def quantize(request: dict[str, Any]) -> dict[str, Any]:
+    """Quantize by the recipe in ``options``, up to the gate, and move the result into place."""
+    stopwatch = Stopwatch()
+    for owner, attribute, phase in PHASES:
+        stopwatch.watch(owner, attribute, phase)
+    output = Path(request["output"])
+    recipe = adapted(load_recipe(request["options"]["recipe"]), request)
+    job = prepare(Path(request["model"]), recipe, output, False, "cpu", silent)
+    job = with_tokens(job, torch.tensor(request["token_ids"], dtype=torch.int64))
+    with stage_artifact(job, output, resume=False) as artifact:
+        started = time.monotonic()
+        with stopwatch.phase("rest"):
+            write_parts(job, artifact, silent)
+            finish_directory(job, artifact)
+        seconds = time.monotonic() - started
+        os.replace(artifact.directory, output)
+    return {"quantize_s": seconds, "phases_s": stopwatch.seconds}
+
+
+def adapted(recipe: Recipe, request: dict[str, Any]) -> Recipe:
+    """The recipe with the benchmark's scheme and calibration size."""
+    stage = recipe.quantize
+    asked = {key: request[key] for key in ("bits", "group_size", "symmetric")}
+    scheme = stage.scheme.model_copy(update=asked)
+    rows = request["token_ids"]
+    size = {"num_samples": len(rows), "sequence_length": len(rows[0])}
+    return recipe.model_copy(
+        update={
+            "stages": (stage.model_copy(update={"scheme": scheme}),),
+            "calibration": recipe.calibration.model_copy(update=size),
+        }
+    )
+
+
+def with_tokens(job: Job, token_ids: torch.Tensor) -> Job:
+    """The job on calibration blocks ``(samples, length) int64`` of the benchmark's choosing."""
+    calibration = job.texts.calibration
+    if calibration is None:  # plain rounding looks at no text
+        return job
+    return replace(
+        job, texts=replace(job.texts, calibration=replace(calibration, blocks=token_ids))
+    )

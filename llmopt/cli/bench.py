@@ -1,0 +1,90 @@
+"""``llmopt bench``: how fast, how large, how good, beside the peers and the machine's floor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmopt.cli.console import errors, output, progress_bars
+
+app = typer.Typer(no_args_is_help=True, help="Benchmarks beside the peers and the floor.")
+
+
+@app.command()
+def quantize(
+    destination: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")],
+    peer: Annotated[
+        list[str] | None, typer.Option(help="llm-compressor, gptqmodel; may be repeated.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="gptq or awq; may be repeated. [default: gptq]")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Measure llmopt by this recipe too.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a checkpoint. [default: the benchmark's own]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration blocks.")] = 128,
+    length: Annotated[int, typer.Option(min=16, help="Tokens of each.")] = 512,
+    threads: Annotated[int, typer.Option(min=1, help="Of every quantizer.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs a row.")] = 1,
+    held_out: Annotated[int, typer.Option(min=512, help="Tokens to measure on.")] = 65_536,
+    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
+) -> None:
+    """Quantize one model by llmopt and its peers; exit 3 if one failed, 4 if one is unavailable.
+
+    Peers are installed once, in environments of their own in llmopt's cache.
+    """
+    from llmopt.bench.peers import check_method, find_peers
+    from llmopt.bench.quantize import BenchOptions, bench_quantize, check_output_file, exit_code
+    from llmopt.bench.table import markdown_table, render_table
+
+    check_output_file(destination)
+    peers = tuple(find_peers(peer or []))
+    methods = tuple(check_method(name) for name in method or ["gptq"])
+    if model is None:
+        from llmopt.bench.model import bench_model
+
+        errors.print("the benchmark's model is trained on its first use, a quarter of an hour")
+        model = bench_model()
+    options = BenchOptions(
+        model=model,
+        output=destination,
+        methods=methods,
+        peers=peers,
+        num_samples=samples,
+        length=length,
+        threads=threads,
+        repeats=repeats,
+        held_out_tokens=held_out,
+        recipes=tuple(recipe or []),
+    )
+    with progress_bars() as progress:
+        report = bench_quantize(options, progress)
+    if markdown:
+        output.print(markdown_table(report), markup=False, highlight=False, soft_wrap=True)
+    else:
+        output.print(render_table(report))
+    raise typer.Exit(int(exit_code(report)))
+
+
+@app.command()
+def model(
+    random_1b: Annotated[
+        Path | None,
+        typer.Option(help="Write a random Llama of 1.1 billion parameters into this folder."),
+    ] = None,
+) -> None:
+    """Make the model that quantizers are timed on, and say where it lies."""
+    if random_1b is not None:
+        from llmopt.bench.random_llama import write_random_llama
+
+        write_random_llama(random_1b)
+        output.print(str(random_1b), markup=False, highlight=False, soft_wrap=True)
+        return
+    from llmopt.bench.model import bench_model
+
+    output.print(str(bench_model()), markup=False, highlight=False, soft_wrap=True)
