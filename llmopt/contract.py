@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from llmopt.checkpoint.reader import CheckpointReader
 from llmopt.checkpoint.structure import ModelStructure
@@ -85,8 +87,13 @@ def draw_contract(reader: CheckpointReader, structure: ModelStructure, recipe: R
         _check("tensors", [], _tensor_summary(reader, structure, schemes)),
         _check("something to do", [] if schemes else ["every layer is ignored"], "yes"),
     )
+
+    def dtype_of(name: str) -> torch.dtype:
+        return reader.info(structure.disk_name(f"{name}.weight")).dtype
+
+    ranks = recipe.output.tensor_parallel_size
     consumers = tuple(
-        _consumer(name, reader, structure, form, assigned, recipe.output.tensor_parallel_size)
+        check_consumer(name, structure, form, assigned, dtype_of, ranks)
         for name in recipe.output.consumers
     )
     kept = tuple(name for name in linears if name not in schemes)
@@ -162,14 +169,27 @@ def _tensor_summary(
     return f"{len(schemes)} quantized, {copied} kept{beside}; lm_head {head}"
 
 
-def _consumer(
+def check_consumer(
     name: str,
-    reader: CheckpointReader,
     structure: ModelStructure,
     form: Format,
     assigned: Mapping[str, Scheme | None],
+    dtype_of: Callable[[str], torch.dtype],
     tensor_parallel_size: int,
 ) -> Consumer:
+    """Hold a model that is to be quantized so against what one consumer opens.
+
+    Args:
+        name: the consumer's.
+        structure: of the model.
+        form: the format on disk.
+        assigned: scheme of every linear layer in the blocks, by memory name; ``None`` is 16 bit.
+        dtype_of: element type of a layer's scales, by the same name.
+        tensor_parallel_size: its ranks.
+
+    Raises:
+        ContractError: nobody knows such a consumer.
+    """
     known = load_consumers()
     if name not in known:
         raise ContractError(
@@ -192,7 +212,7 @@ def _consumer(
             in_features=_shape(structure, fused[0])[1],
             out_features_fused=sum(_shape(structure, member)[0] for member in fused),
             tensor_parallel_size=tensor_parallel_size,
-            dtype=reader.info(structure.disk_name(f"{fused[0]}.weight")).dtype,
+            dtype=dtype_of(fused[0]),
             # Engines split what shares an input by output rows, and what follows it by columns.
             shard="out" if len(members) > 1 else "in",
         )
@@ -231,15 +251,8 @@ def _mixed_groups(
     for members in _shared_inputs(structure):
         found = {assigned[member] for member in members}
         if len(found) > 1:
-            names = ", ".join(_in_words(scheme) for scheme in found)
+            names = ", ".join(scheme.label if scheme else "16 bit" for scheme in found)
             yield f"{', '.join(members)} are one layer there but have {names}"
-
-
-def _in_words(scheme: Scheme | None) -> str:
-    if scheme is None:
-        return "16 bit"
-    group = "per channel" if scheme.group_size is None else f"g{scheme.group_size}"
-    return f"{scheme.name} {group} {'symmetric' if scheme.symmetric else 'asymmetric'}"
 
 
 def _shape(structure: ModelStructure, name: str) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from llmopt.checkpoint.tensor_source import TensorInfo
 from llmopt.errors import BadInputError
 from llmopt.formats.config_file import quantization_config
 from llmopt.formats.dequantized import DequantizedSource
-from llmopt.quantization.scheme import Scheme
 from llmopt.report.inspection import Inspection, TensorLine
 from llmopt.report.integrity import changed_files
 from llmopt.report.json_file import read_json
@@ -78,12 +77,7 @@ def _schemes(reader: CheckpointReader) -> tuple[dict[str, int], str | None]:
     """Quantized layers by scheme, or none and why they cannot be read."""
     try:
         source = DequantizedSource(reader)
-        counts = Counter(_label(source.scheme_of(module)) for module in source.quantized_modules)
+        counts = Counter(source.scheme_of(module).label for module in source.quantized_modules)
     except BadInputError as error:
         return {}, error.what
     return dict(counts), None
-
-
-def _label(scheme: Scheme) -> str:
-    group = "per channel" if scheme.group_size is None else f"g{scheme.group_size}"
-    return f"{scheme.name} {group} {'symmetric' if scheme.symmetric else 'asymmetric'}"

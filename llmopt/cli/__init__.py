@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from llmopt.cli import bench, demo, eval, inspect, quantize, recipes
+from llmopt.cli import bench, convert, demo, eval, inspect, quantize, recipes
 from llmopt.cli.console import errors
 from llmopt.errors import AlreadyConcludedError, ExitCode, LlmoptError
 from llmopt_evals.errors import EvaluationError
@@ -19,7 +19,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (quantize.quantize, eval.evaluate, inspect.inspect, recipes.recipes, demo.demo):
+for command in (
+    quantize.quantize,
+    convert.convert,
+    eval.evaluate,
+    inspect.inspect,
+    recipes.recipes,
+    demo.demo,
+):
     app.command(name="eval" if command is eval.evaluate else None)(command)
 app.add_typer(bench.app, name="bench")
 

@@ -37,6 +37,12 @@ class Scheme:
         return f"W{self.bits}A16"
 
     @property
+    def label(self) -> str:
+        """The name with group size and symmetry: ``W4A16 g128 symmetric``."""
+        group = "per channel" if self.group_size is None else f"g{self.group_size}"
+        return f"{self.name} {group} {'symmetric' if self.symmetric else 'asymmetric'}"
+
+    @property
     def max_code(self) -> int:
         """The largest code, ``2**bits - 1``."""
         return (1 << self.bits) - 1

@@ -67,6 +67,11 @@ class Consumer(Record):
     version: str = Field(default="", description="range or version that the contract was held to")
     checks: tuple[ContractCheck, ...] = ()
 
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why it would refuse the artifact; empty if it would open it."""
+        return tuple(check.detail for check in self.checks if not check.passed)
+
 
 class Calibration(Record):
     """The text the solver's statistics came from."""
