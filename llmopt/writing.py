@@ -114,14 +114,16 @@ def write_config(
     form: Format,
     quantization_config: Mapping[str, JsonValue],
 ) -> None:
-    """The source's ``config.json`` with the quantization added, nothing else changed.
+    """The source's ``config.json`` with the quantization added.
 
+    Nothing else is changed, but that code which is not carried is not offered (``auto_map``).
     Beside it go the files that the format's readers look for.
 
     Raises:
         StorageError: if the disk refuses.
     """
-    config = {**source_config, "quantization_config": dict(quantization_config)}
+    config = {key: value for key, value in source_config.items() if key != "auto_map"}
+    config["quantization_config"] = dict(quantization_config)
     files = {"config.json": config, **form.companion_files(quantization_config)}
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

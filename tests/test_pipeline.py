@@ -107,6 +107,7 @@ def test_every_architecture_goes_down_the_road(
     routers = {n for n in blocks if n.endswith(".gate.weight")}
     matrices = {n for n in blocks if len(before.info(n).shape) == 2}
     assert changed == matrices - routers
+    assert "auto_map" not in json.loads((result.path / "config.json").read_text())
     assert bool(routers) == (architecture in ("mixtral", "qwen3_moe"))
 
 

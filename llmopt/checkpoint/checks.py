@@ -40,7 +40,8 @@ def check_config(path: Path) -> dict[str, JsonValue]:
     """The directory's ``config.json``.
 
     Raises:
-        BadInputError: if there is none, or the model or its tokenizer needs remote code.
+        BadInputError: if there is none, or the model or its tokenizer needs remote code. A model
+            that transformers holds itself does not, even where ``auto_map`` offers some.
     """
     if not path.is_dir():
         what = "is a file, not a checkpoint directory" if path.exists() else "does not exist"
@@ -57,13 +58,25 @@ def check_config(path: Path) -> dict[str, JsonValue]:
     if (path / "tokenizer_config.json").exists():
         configs["tokenizer_config.json"] = read_json_object(path / "tokenizer_config.json")
     for name, content in configs.items():
-        if content.get("auto_map"):
+        if content.get("auto_map") and not (content is config and _transformers_has(config)):
             raise BadInputError(
                 f"{path / name} asks for remote code (auto_map)",
                 "llmopt runs no code from a checkpoint; use a model that transformers holds "
                 "itself, and if this is one, remove auto_map",
             )
     return config
+
+
+def _transformers_has(config: Mapping[str, JsonValue]) -> bool:
+    """Whether transformers' own class, by its name too, is the model's: its code is not needed.
+
+    So with Phi-3, which was published before transformers took it up.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architectures = config.get("architectures")
+    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    return own is not None and architectures == [own]
 
 
 def find_shards(path: Path) -> tuple[str, ...]:

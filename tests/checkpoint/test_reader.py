@@ -199,6 +199,21 @@ def test_remote_code_is_refused(file: str, two_shards: Path) -> None:
     assert "remote code" in refusal(two_shards) and file in refusal(two_shards)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "refused"), [("Phi3ForCausalLM", False), ("Phi3SmallForCausalLM", True)]
+)
+def test_code_for_a_model_that_transformers_holds_itself_is_not_needed(
+    architecture: str, refused: bool, two_shards: Path
+) -> None:
+    offered = {"AutoModelForCausalLM": f"modeling_phi3.{architecture}"}
+    config = {"model_type": "phi3", "architectures": [architecture], "auto_map": offered}
+    (two_shards / "config.json").write_text(json.dumps(config))
+    if refused:
+        assert "remote code" in refusal(two_shards)
+    else:
+        assert open_checkpoint(two_shards).config == config
+
+
 def test_a_checkpoint_without_tensors(tmp_path: Path, write_raw: Callable[..., Path]) -> None:
     (tmp_path / "config.json").write_text("{}")
     write_raw(tmp_path / "model.safetensors", {}, 0)

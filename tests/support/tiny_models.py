@@ -127,14 +127,26 @@ def gemma3_multimodal_config(**changes: Any) -> Any:
 
 
 def phi3_config(**changes: Any) -> Any:
-    """Phi-3: q, k, v in one layer, gate and up in another; a window; rotates half of a head."""
+    """Phi-3: q, k, v in one layer, gate and up in another; a window; rotates half of a head.
+
+    As on the hub it offers code of its own, which transformers has had for long.
+    """
     from transformers import Phi3Config
 
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    return Phi3Config(
-        **{**_COMMON, "sliding_window": WINDOW, "rope_parameters": rope, "pad_token_id": 0}
-        | changes
-    )
+    values = {
+        "sliding_window": WINDOW,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "pad_token_id": 0,
+        "auto_map": {
+            "AutoConfig": "configuration_phi3.Phi3Config",
+            "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        },
+    }
+    return Phi3Config(**{**_COMMON, **values, **changes})
 
 
 def olmo2_config(**changes: Any) -> Any:
