@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from llmopt.bench.environments import cache_folder
+from llmopt.bench.environments import cache_folder, locked
 from llmopt.calibration.builtin_text import builtin_documents, split_sha256
 from llmopt.calibration.documents import Document
+from llmopt.calibration.tokenizer import load_tokenizer
 from llmopt.demo.corpus import build_corpus
 from llmopt.demo.paths import demo_model_path
 from llmopt.demo.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer
@@ -54,13 +55,14 @@ def bench_model(plan: TrainPlan = PLAN) -> Path:
     """
     documents = builtin_documents("train")
     folder = cache_folder() / "bench" / f"qwen2-14m-{_digest(plan, documents)}"
-    if not folder.is_dir():
-        partial = folder.with_suffix(".partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        checkpoint = folder.with_suffix(".pt")
-        write_trained_model(partial, plan, documents, checkpoint)
-        os.replace(partial, folder)
-        checkpoint.unlink()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix(".lock")):  # a second process waits for the first one's model
+        if not folder.is_dir():
+            partial, checkpoint = folder.with_suffix(".making"), folder.with_suffix(".pt")
+            partial.mkdir(exist_ok=True)
+            write_trained_model(partial, plan, documents, checkpoint)
+            os.replace(partial, folder)
+            checkpoint.unlink()
     return folder
 
 
@@ -68,10 +70,17 @@ def write_trained_model(
     folder: Path, plan: TrainPlan, documents: list[Document], checkpoint: Path
 ) -> None:
     """Train on ``documents`` and write weights, config and tokenizer into ``folder``."""
-    tokenizer = Tokenizer.from_file(str(demo_model_path() / "tokenizer.json"))
-    corpus = build_corpus(tokenizer, documents)
+    config = bench_config()
+    config.save_pretrained(folder)
+    save_tokenizer(
+        Tokenizer.from_file(str(demo_model_path() / "tokenizer.json")), folder, MAX_LENGTH
+    )
+    # As its users will open it: transformers gives this architecture a pre-tokenizer of its own.
+    tokenizer = load_tokenizer(folder).tokenizer
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    corpus = build_corpus(tokenizer.backend_tokenizer, documents)
     torch.manual_seed(plan.seed)
-    model = Qwen2ForCausalLM(bench_config())
+    model = Qwen2ForCausalLM(config)
     silence_residuals(model)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a step has two threads of its own
@@ -80,7 +89,6 @@ def write_trained_model(
     finally:
         torch.set_num_threads(num_threads)
     save_model(model, folder)
-    save_tokenizer(tokenizer, folder, MAX_LENGTH)
 
 
 def _digest(plan: TrainPlan, documents: list[Document]) -> str:
