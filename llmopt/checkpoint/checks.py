@@ -105,6 +105,8 @@ def find_shards(path: Path) -> tuple[str, ...]:
         return (SINGLE_FILE,)
     others = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
     safetensors = [name for name in others if name.endswith(".safetensors")]
+    if len(safetensors) == 1 and "quantize_config.json" in others:
+        return (safetensors[0],)  # auto-gptq's own name: gptq_model-4bit-128g.safetensors
     if safetensors:
         raise BadInputError(
             f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}, only {_some(safetensors)}",

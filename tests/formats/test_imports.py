@@ -1,0 +1,146 @@
+"""Directories as other tools leave them: inspected, loaded, converted, or refused with a reason."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.quantized import write_quantized
+from support.tiny_models import rewrite_config, rewrite_tensors
+
+from llmopt.checkpoint.reader import open_checkpoint
+from llmopt.converting import convert
+from llmopt.errors import BadInputError
+from llmopt.formats import FORMATS
+from llmopt.formats.config_file import quantization_config
+from llmopt.formats.dequantized import DequantizedSource
+from llmopt.inspection import inspect_path
+from llmopt.loading import load
+from llmopt.quantization.scheme import Scheme
+
+ASYMMETRIC = Scheme(4, 32, symmetric=False)
+UP = "model.layers.0.mlp.up_proj"
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def edit_section(folder: Path, **changes: object) -> None:
+    section = json.loads((folder / "config.json").read_text())["quantization_config"]
+    rewrite_config(folder, quantization_config={**section, **changes})
+
+
+def expect_readable(folder: Path, written: dict, scheme: Scheme) -> None:
+    """Inspect, dequantize and load it; the logits are those of the codes that were written."""
+    assert inspect_path(folder).schemes == {scheme.label: len(written)}
+    source = DequantizedSource(open_checkpoint(folder))
+    assert source.read_quantized(UP).digest() == written[UP].digest()
+    model = load(folder, dtype=torch.float32)
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model.get_submodule(UP)(hidden)
+        assert torch.isfinite(model(TOKENS).logits).all()
+    torch.testing.assert_close(found, hidden @ written[UP].dequantize().T, atol=1e-5, rtol=1e-4)
+
+
+def test_a_gptqmodel_directory(tmp_path):
+    scheme = Scheme(4, 32, True, "group")
+    written = write_quantized(tmp_path, FORMATS["gptq"], lambda _: scheme)
+    edit_section(tmp_path, format="gptq", meta={"quantizer": ["gptqmodel:7.7.0"]}, uri="x")
+    expect_readable(tmp_path, written, scheme)
+
+
+def test_an_auto_gptq_directory_with_its_own_file_names(tmp_path):
+    written = write_quantized(tmp_path, FORMATS["gptq"], lambda _: ASYMMETRIC)
+    rewrite_config(tmp_path, quantization_config=None)
+    own = {"bits": 4, "group_size": 32, "desc_act": False, "sym": False, "damp_percent": 0.01}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(own))
+    name = "gptq_model-4bit-32g.safetensors"
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    expect_readable(tmp_path, written, ASYMMETRIC)
+    convert(tmp_path, "awq", tmp_path.parent / "awq-of-auto-gptq")
+    found = DequantizedSource(open_checkpoint(tmp_path.parent / "awq-of-auto-gptq"))
+    assert found.read_quantized(UP).digest() == written[UP].digest()
+    assert not (tmp_path.parent / "awq-of-auto-gptq" / "quantize_config.json").exists()
+
+
+def test_an_old_autoawq_directory(tmp_path):
+    written = write_quantized(tmp_path, FORMATS["awq"], lambda _: ASYMMETRIC)
+    rewrite_config(tmp_path, quantization_config=None)
+    own = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (tmp_path / "quant_config.json").write_text(json.dumps(own))
+    expect_readable(tmp_path, written, ASYMMETRIC)
+
+
+def test_a_compressed_tensors_directory_that_says_little(tmp_path):
+    written = write_quantized(
+        tmp_path, FORMATS["compressed-tensors"], lambda _: Scheme(4, 32), dtype=torch.bfloat16
+    )
+    section = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}
+        },
+    }
+    rewrite_config(tmp_path, quantization_config=section)
+    expect_readable(tmp_path, written, Scheme(4, 32))
+    rewrite_config(tmp_path, quantization_config=None, compression_config=section)
+    expect_readable(tmp_path, written, Scheme(4, 32))
+
+
+def test_scales_of_float32_stay_what_they_are(tmp_path):
+    def widen(tensor):
+        return dataclasses.replace(tensor, scales=tensor.scales.float() * 1.0001)
+
+    written = write_quantized(tmp_path, FORMATS["gptq"], lambda _: ASYMMETRIC, change=widen)
+    expect_readable(tmp_path, written, ASYMMETRIC)
+    convert(tmp_path, "awq", tmp_path.parent / "awq-of-float32")
+    scales = load_file(tmp_path.parent / "awq-of-float32/model.safetensors")[f"{UP}.scales"]
+    assert scales.dtype is torch.float32 and torch.equal(scales.t(), written[UP].scales)
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
+def test_a_missing_part_is_named(part, tmp_path):
+    write_quantized(tmp_path, FORMATS["gptq"], lambda _: ASYMMETRIC)
+    rewrite_tensors(tmp_path, lambda tensors: tensors.pop(f"{UP}.{part}"))
+    with pytest.raises(BadInputError, match=f"{UP}.{part} is missing|not the codes"):
+        DequantizedSource(open_checkpoint(tmp_path)).read_quantized(UP)
+
+
+def test_a_symmetric_claim_that_the_zero_points_deny_is_refused(tmp_path):
+    write_quantized(tmp_path, FORMATS["gptq"], lambda _: ASYMMETRIC)
+    edit_section(tmp_path, sym=True)
+    with pytest.raises(BadInputError, match="readers disagree"):
+        load(tmp_path)
+    with pytest.raises(BadInputError, match="readers disagree"):
+        convert(tmp_path, "awq", tmp_path / "../out")
+
+
+def test_a_section_that_is_no_mapping_is_refused(tmp_path):
+    write_quantized(tmp_path, FORMATS["gptq"], lambda _: ASYMMETRIC)
+    rewrite_config(tmp_path, quantization_config=["gptq"])
+    with pytest.raises(BadInputError, match="quantization_config is no mapping"):
+        quantization_config(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"config_groups": {}}, "no config_groups"),
+        ({"config_groups": {"W4A16": ["Linear"]}}, "W4A16 is not spelled out"),
+        ({"config_groups": {"g": {"targets": ["Linear"]}}}, "g has no weights section"),
+        ({"config_groups": {"g": {"weights": {"num_bits": 4}}}}, "g.targets is no list"),
+        (
+            {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4}}}},
+            "tensor None",
+        ),
+        ({"transform_config": {"config_groups": {}, "x": 1}}, "transforms activations"),
+    ],
+)
+def test_compressed_tensors_sections_that_cannot_be_read(section, message):
+    form = FORMATS["compressed-tensors"]
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", **section}
+    config = {"config_groups": {"g": {}}, **config} if "transform_config" in section else config
+    with pytest.raises(BadInputError, match=message):
+        form.schemes(config)
