@@ -28,14 +28,12 @@ def ignored_names(
             names for them hold.
 
     Returns:
-        The head (which engines make a module of even where it is tied), then ``kept``, then the
-        blocks' other matrices (routers of experts are linear layers to engines), then
+        The head (which engines make a module of even where it is tied), then ``kept``, then
         what lies outside the text model: one pattern for each component of a wrapper (a vision
         tower), and every other matrix (of an MTP layer) by its whole name.
     """
     head = structure.anatomy.head
     names = [head]
-    kept = [*kept, *_other_matrices(structure)]
     if not patterns:
         names += [_shared_part(structure, name) for name in kept]
         names += [part for part, _ in _outside_names(source, structure)]
@@ -61,17 +59,6 @@ def config_name(structure: ModelStructure, memory_name: str) -> str:
     if not _body_path(structure):  # saved as the bare body: `layers.0...`
         return f"re:(?:{re.escape(body)}\\.)?{inner}$"
     return structure.disk_module(memory_name)
-
-
-def _other_matrices(structure: ModelStructure) -> Iterator[str]:
-    """Memory names of a block's modules with a matrix that are no linear layers in memory."""
-    tensors = structure.skeleton.state_dict()
-    for block in range(structure.num_blocks):
-        prefix = structure.block_prefix(block)
-        linears = {f"{prefix}.{linear}.weight" for linear in structure.linear_names(block)}
-        for name in structure.block_tensor_names(block):
-            if name.endswith(".weight") and name not in linears and tensors[name].dim() == 2:
-                yield name.removesuffix(".weight")
 
 
 def _shared_part(structure: ModelStructure, memory_name: str) -> str:
