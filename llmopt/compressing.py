@@ -8,7 +8,7 @@ import torch
 
 from llmopt.calibration.block_pass import advance
 from llmopt.calibration.hidden_states import HiddenStatePair
-from llmopt.calibration.walker import BlockWalker
+from llmopt.calibration.walker import calibration_walker
 from llmopt.checkpoint.artifact import Artifact, clear_folder
 from llmopt.checkpoint.journal import BlockEntry
 from llmopt.checkpoint.shards import shard_file_name, write_shard
@@ -57,7 +57,7 @@ def _solve_parts(
     job: Job, artifact: Artifact, first: int, blocks: torch.Tensor, progress: Progress
 ) -> None:
     structure, batches = job.structure, calibration_batches(blocks)
-    walker = BlockWalker(structure, job.reader, job.device)
+    walker = calibration_walker(structure, job.reader, job.device)
     shapes = [batch.shape for batch in batches]
     if 0 < first < structure.num_blocks:
         states = HiddenStatePair.open(artifact.scratch, shapes, structure.hidden_size, walker.dtype)

@@ -226,6 +226,12 @@ def check_consumer(
         _check("schemes together", [mixture] if mixture else [], "may stand in one checkpoint"),
         _check("16-bit layers", [kept] if kept else [], "found by their names"),
     ]
+    blocks = [found for found in _expert_schemes(structure, assigned) if found]
+    if blocks:
+        dense = {s for name, s in schemes.items() if not structure.is_in_expert(name)}
+        proof = "run" if support.experts and support.experts.proven(blocks) else "read, not run"
+        faults = support.expert_refusals(blocks, dense)
+        checks.append(_check("experts", faults, f"opens them as one layer a block ({proof})"))
     if support.fuses_shared_inputs:
         mixed = list(_mixed_groups(structure, assigned))
         checks.append(_check("fused layers", mixed, "one scheme for q/k/v and for gate/up"))
@@ -243,6 +249,17 @@ def _shared_inputs(structure: ModelStructure) -> Iterator[tuple[str, ...]]:
         prefix = structure.block_prefix(block)
         for group in structure.input_groups(block):
             yield tuple(f"{prefix}.{linear}" for linear in group)
+
+
+def _expert_schemes(
+    structure: ModelStructure, assigned: Mapping[str, Scheme | None]
+) -> Iterator[set[Scheme | None]]:
+    """The schemes among each block's experts; empty for a block without experts."""
+    for block in range(structure.num_blocks):
+        names = (
+            f"{structure.block_prefix(block)}.{linear}" for linear in structure.linear_names(block)
+        )
+        yield {assigned[name] for name in names if structure.is_in_expert(name)}
 
 
 def _mixed_groups(

@@ -11,7 +11,7 @@ import torch
 
 from llmopt.calibration.hidden_states import file_size
 from llmopt.calibration.tokenizer import LoadedTokenizer, load_tokenizer
-from llmopt.calibration.walker import BlockWalker, TokenBatch
+from llmopt.calibration.walker import TokenBatch, calibration_walker
 from llmopt.checkpoint.artifact import Artifact, check_output, check_space, open_artifact
 from llmopt.checkpoint.companions import plan_companions
 from llmopt.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -113,7 +113,7 @@ def prepare(
     texts = prepare_texts(recipe, tokenizer.tokenizer, context_length=structure.context_length)
     bits = _width_of_margins(structure, contract)
     check_gate(recipe.gate, bits, texts.evaluation.text)
-    walker = BlockWalker(structure, reader, device)
+    walker = calibration_walker(structure, reader, device)
     job = Job(
         reader=reader,
         structure=structure,
@@ -170,7 +170,7 @@ def _needed_bytes(job: Job) -> int:
     calibration = job.texts.calibration
     hidden = 0
     if calibration is not None:
-        dtype = BlockWalker(job.structure, job.reader, job.device).dtype
+        dtype = calibration_walker(job.structure, job.reader, job.device).dtype
         shapes = [batch.shape for batch in calibration_batches(calibration.blocks)]
         hidden = 2 * file_size(shapes, job.structure.hidden_size, dtype)
     judging = scratch_bytes(job.texts.evaluation.text, job.recipe.gate, job.structure.hidden_size)

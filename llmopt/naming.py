@@ -29,11 +29,16 @@ def ignored_names(
 
     Returns:
         The head (which engines make a module of even where it is tied), then ``kept``, then
-        what lies outside the text model: one pattern for each component of a wrapper (a vision
-        tower), and every other matrix (of an MTP layer) by its whole name.
+        the routers of mixtures (linear layers to some engines, never quantized here), then what
+        lies outside the text model: one pattern for each component of a wrapper (a vision tower),
+        and every other matrix (of an MTP layer) by its whole name.
     """
     head = structure.anatomy.head
     names = [head]
+    routers = [
+        name for block in range(structure.num_blocks) for name in structure.unlisted_matrices(block)
+    ]
+    kept = [*kept, *routers]
     if not patterns:
         names += [_shared_part(structure, name) for name in kept]
         names += [part for part, _ in _outside_names(source, structure)]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from support.small_jobs import small_recipe
-from support.tiny_models import llama_config, qwen2_config, write_checkpoint
+from support.tiny_models import llama_config, mixtral_config, qwen2_config, write_checkpoint
 
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.structure import read_structure
@@ -116,3 +116,21 @@ def test_a_tied_head_and_biases_are_accounted_for(tmp_path: Path) -> None:
     agreed = contract(tmp_path)
     agreed.enforce()
     assert any("tied to the embedding" in check.detail for check in agreed.checks)
+
+
+def test_experts_are_held_to_what_the_consumer_does_with_them(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, mixtral_config(**WIDTHS))
+    agreed = contract(tmp_path)
+    agreed.enforce()
+    assert len(agreed.schemes) == 3 * (4 + 4 * 3)
+    details = {check.name: check.detail for check in agreed.consumers[0].checks}
+    assert details["experts"] == "opens them as one layer a block (run)"
+    one_expert = "model.layers.1.mlp.experts.2.*"
+    with pytest.raises(ContractError, match="experts in 16 bit: it looks for packed experts"):
+        contract(tmp_path, stage={"ignore": [one_expert]}).enforce()
+    wide = {"match": one_expert, "scheme": {"bits": 8, "group_size": 32}}
+    with pytest.raises(ContractError, match="experts of several schemes"):
+        contract(tmp_path, stage={"overrides": [wide]}).enforce()
+    contract(tmp_path, stage={"ignore": ["*.self_attn.*"]}).enforce()
+    dense = contract(tmp_path, stage={"overrides": [{**wide, "match": "*.self_attn.*"}]})
+    assert any("first config group" in refusal for refusal in dense.refusals)

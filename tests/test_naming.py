@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.tiny_models import (
     gemma3_multimodal_config,
     llama_config,
+    mixtral_config,
+    qwen3_moe_config,
     rewrite_tensors,
     write_checkpoint,
 )
@@ -161,3 +164,22 @@ def test_a_component_is_one_pattern(tmp_path: Path) -> None:
     ignored = ignored_names(open_checkpoint(tmp_path), structure, ())
     assert len([name for name in ignored if "vision_tower" in name]) == 1
     assert len([name for name in ignored if "multi_modal_projector" in name]) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "routers"),
+    [
+        (mixtral_config(), [f"model.layers.{i}.block_sparse_moe.gate" for i in range(3)]),
+        (qwen3_moe_config(), [f"model.layers.{i}.mlp.gate" for i in (0, 2)]),
+    ],
+)
+def test_routers_are_ignored_and_experts_named_as_they_are_on_disk(
+    config: Any, routers: list[str], tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path, config)
+    reader = open_checkpoint(tmp_path)
+    structure = read_structure(reader)
+    assert list(ignored_names(reader, structure, kept=())) == ["lm_head", *routers]
+    expert = next(name for name in reader.names if "experts.3." in name).removesuffix(".weight")
+    memory = next(m for m, disk in structure.disk_names.items() if disk == f"{expert}.weight")
+    assert list(config_names(structure, {memory.removesuffix(".weight"): W4})) == [expert]

@@ -427,6 +427,8 @@ def shipped_config(kind: Kind, head_dim: int, page_size: int, block_m: int) -> D
         block_n, num_warps, num_stages = _SHIPPED[kind].get(head_dim, (64, 4, 3))
     elif kind == "16-bit" and head_dim <= 128:
         block_n, num_warps, num_stages = 64, 8, 3
+    elif kind == "16-bit" and head_dim == 192:
+        block_n, num_warps, num_stages = 32, 8, 3
     else:
         block_n, num_warps, num_stages = 32, 4, 3
     if kind == "int4":  # within a page: its keys have one row of scales

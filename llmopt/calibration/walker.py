@@ -20,7 +20,7 @@ from llmopt.errors import BadInputError
 
 _REMEMBERED_SHAPES = 8  # a call holds a mask of tokens x tokens; texts come in many lengths
 
-__all__ = ["BlockWalker", "TokenBatch"]
+__all__ = ["BlockWalker", "TokenBatch", "calibration_walker"]
 
 
 class BlockWalker:
@@ -167,3 +167,23 @@ class BlockWalker:
     def _read_rows(self, token_ids: Tensor) -> Tensor:
         table = self.source.read(self.structure.embed_disk_name)
         return table[token_ids.to(table.device)].to(self.device, self.dtype)
+
+
+def calibration_walker(
+    structure: ModelStructure, source: TensorSource, device: torch.device | str
+) -> BlockWalker:
+    """A walker for gathering statistics: in bfloat16 on processors that multiply it as such.
+
+    Only for checkpoints in bfloat16, whose weights it holds exactly and which are served in it.
+    Judging takes a plain :class:`BlockWalker`.
+    """
+    stored = source.info(structure.embed_disk_name).dtype
+    narrow = (
+        torch.device(device).type == "cpu" and stored == torch.bfloat16 and _has_bf16_products()
+    )
+    return BlockWalker(structure, source, device, torch.bfloat16 if narrow else None)
+
+
+def _has_bf16_products() -> bool:
+    # Without these instructions torch's bfloat16 products are slower than those of float32.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -97,6 +97,21 @@ class ModelStructure:
         """The input groups that may be calibrated in one pass (:attr:`BlockLayout.waves`)."""
         return self.layouts[block].waves
 
+    def is_in_expert(self, linear: str) -> bool:
+        """Whether a linear layer inside a block (by memory name) belongs to an expert."""
+        index, _, path = linear.removeprefix(f"{self.anatomy.blocks}.").partition(".")
+        return self.layouts[int(index)].expert_of(path) is not None
+
+    def unlisted_matrices(self, block: int) -> tuple[str, ...]:
+        """Memory names of a block's modules with a matrix that are no linear layers (routers)."""
+        return tuple(
+            f"{self.block_prefix(block)}.{path}"
+            for path, module in self.block(block).named_modules()
+            if not isinstance(module, nn.Linear)
+            and isinstance(weight := module._parameters.get("weight"), nn.Parameter)
+            and weight.ndim == 2
+        )
+
     def block_tensor_names(self, block: int) -> tuple[str, ...]:
         """Memory names of all tensors of a block."""
         prefix = f"{self.block_prefix(block)}."

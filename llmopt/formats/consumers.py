@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Literal
@@ -11,7 +11,9 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llmopt.quantization.scheme import ActivationOrder, IntBits, Scheme
+from llmopt.formats.accepted import Accepted
+from llmopt.formats.expert_support import ExpertSchemes, ExpertSupport
+from llmopt.quantization.scheme import ActivationOrder, Scheme
 
 Shard = Literal["in", "out"]
 """The dimension that tensor parallelism cuts: rows of o/down, columns of q/k/v and gate/up."""
@@ -27,28 +29,12 @@ _Refused = Literal[
     "mixed_schemes",
     "checkpoint_format",
     "kept_layers",
+    "experts",
 ]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Accepted(_Section):
-    """A kind of scheme that a consumer runs; ``proven`` if it has been run and compared."""
-
-    bits: tuple[IntBits, ...]
-    symmetric: bool
-    group_sizes: tuple[int | Literal["channel"], ...] | Literal["any"]
-    proven: bool
-
-    def covers(self, scheme: Scheme) -> bool:
-        """Whether ``scheme`` is of this kind."""
-        return (
-            scheme.bits in self.bits
-            and scheme.symmetric == self.symmetric
-            and (self.group_sizes == "any" or (scheme.group_size or "channel") in self.group_sizes)
-        )
 
 
 class FormatSupport(_Section):
@@ -64,6 +50,7 @@ class FormatSupport(_Section):
     fuses_shared_inputs: bool
     checkpoint_formats: tuple[str, ...] | None = None
     kept_layers: bool = True
+    experts: ExpertSupport | None = None
     reasons: dict[_Refused, str]
 
     def proven(self, scheme: Scheme) -> bool:
@@ -124,6 +111,15 @@ class FormatSupport(_Section):
         if self.kept_layers or not kept:
             return None
         return f"{len(kept)} layers in 16 bit: {self.reasons['kept_layers']}"
+
+    def expert_refusals(
+        self, blocks: Sequence[ExpertSchemes], others: Collection[Scheme]
+    ) -> list[str]:
+        """Why it would not open a mixture of experts (:meth:`ExpertSupport.refusals`)."""
+        if self.experts is None:
+            why = self.reasons.get("experts", "nobody has tried it with packed experts")
+            return [f"mixtures of experts: {why}"]
+        return self.experts.refusals(blocks, others)
 
     def checkpoint_format_refusal(self, checkpoint_format: str | None) -> str | None:
         """Why it would not open this variant of the format, or ``None``."""

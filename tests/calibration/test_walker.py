@@ -18,9 +18,10 @@ from support.tiny_models import (
 from support.walking import open_walker, random_batch, walk
 from torch import Tensor, nn
 
+from llmopt.calibration import walker as walker_module
 from llmopt.calibration.block_pass import advance, collect
 from llmopt.calibration.hidden_states import HiddenStatePair
-from llmopt.calibration.walker import BlockWalker, TokenBatch
+from llmopt.calibration.walker import BlockWalker, TokenBatch, calibration_walker
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.structure import read_structure
 from llmopt.checkpoint.tensor_source import TensorInfo, TensorSource
@@ -99,6 +100,19 @@ def test_walk_over_a_wrapper_with_names_in_memory(tmp_path: Path) -> None:
     config = CONFIGS["gemma3_multimodal"]()
     model = write_checkpoint(tmp_path / "model", config, names_in_memory=True)
     assert_walk_equals_model(tmp_path / "model", model, tmp_path)
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_calibration_computes_in_bfloat16_where_that_is_exact_and_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, has_products: bool
+) -> None:
+    monkeypatch.setattr(walker_module, "_has_bf16_products", lambda: has_products)
+    write_checkpoint(tmp_path / "model", llama_config(), dtype=stored)
+    reader = open_checkpoint(tmp_path / "model")
+    walker = calibration_walker(read_structure(reader), reader, "cpu")
+    narrow = has_products and stored == torch.bfloat16
+    assert walker.dtype == (torch.bfloat16 if narrow else torch.float32)
 
 
 def test_sixteen_bit_checkpoint_is_computed_in_float32_on_a_cpu(tmp_path: Path) -> None:

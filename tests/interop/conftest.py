@@ -16,23 +16,31 @@ from llmopt.bench.environments import BuildError, build, clean_variables, frozen
 
 
 @cache
-def find_consumer(name: str) -> Consumer | str:
-    """The consumer, or why its environment could not be built."""
+def find_python(environment: str) -> Path | str:
+    """The interpreter of a consumer's environment, or why it could not be built."""
     try:
-        return Consumer(
-            name, build(frozen_environment(DOORS[name].environment, REQUIREMENTS_FOLDER))
-        )
+        return build(frozen_environment(environment, REQUIREMENTS_FOLDER))
     except (BuildError, OSError) as error:
-        return f"{name}: environment could not be built: {error}"
+        return f"the environment {environment} could not be built: {error}"
+
+
+@pytest.fixture(scope="session")
+def python(request: pytest.FixtureRequest) -> Path:
+    """The interpreter of an environment (indirect parameter); skips aloud where there is none."""
+    found = find_python(request.param)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
 
 
 @pytest.fixture(scope="session")
 def consumer(request: pytest.FixtureRequest) -> Consumer:
-    """A consumer by its name (indirect parameter); skips aloud where it cannot be installed."""
-    found = find_consumer(request.param)
+    """A consumer by its name and a format (indirect parameter); skips aloud as ``python`` does."""
+    name, form = request.param
+    found = find_python(DOORS[name, form].environment)
     if isinstance(found, str):
-        pytest.skip(found)
-    return found
+        pytest.skip(f"{name}: {found}")
+    return Consumer(name, form, found)
 
 
 @pytest.fixture(scope="session")

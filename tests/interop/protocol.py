@@ -63,20 +63,31 @@ class Door:
     options: tuple[str, ...] = ()
 
 
-DOORS = {  # by the names of llmopt/formats/consumers.yaml
-    "transformers": Door("transformers", "open_with_transformers.py"),
-    "transformers-dequantize": Door("transformers", "open_with_transformers.py", ("--dequantize",)),
-    "vllm-cpu": Door("vllm", "open_with_vllm.py"),
+DOORS = {  # by the names of llmopt/formats/consumers.yaml, consumer and format
+    ("transformers", "compressed-tensors"): Door("transformers", "open_with_transformers.py"),
+    ("transformers-dequantize", "compressed-tensors"): Door(
+        "transformers", "open_with_transformers.py", ("--dequantize",)
+    ),
+    # transformers 5 opens these two with GPTQModel's layers.
+    ("transformers", "gptq"): Door("gptqmodel", "open_with_transformers.py"),
+    ("transformers", "awq"): Door("gptqmodel", "open_with_transformers.py"),
+    ("gptqmodel", "gptq"): Door("gptqmodel", "open_with_gptqmodel.py"),
+    ("gptqmodel", "awq"): Door("gptqmodel", "open_with_gptqmodel.py"),
+    ("auto-gptq", "gptq"): Door("archived", "open_with_auto_gptq.py"),
+    ("vllm-cpu", "compressed-tensors"): Door("vllm", "open_with_vllm.py"),
+    ("vllm-cpu", "gptq"): Door("vllm", "open_with_vllm.py"),
+    ("vllm-cpu", "awq"): Door("vllm", "open_with_vllm.py"),
 }
 
 
 class Consumer:
-    """A consumer in its own environment."""
+    """A consumer of one format, in its own environment."""
 
-    def __init__(self, name: str, python: Path) -> None:
+    def __init__(self, name: str, form: str, python: Path) -> None:
         self.name = name
+        self.form = form
         self.python = python
-        self._door = DOORS[name]
+        self._door = DOORS[name, form]
 
     def ask(self, jobs: Sequence[Job], folder: Path) -> list[Answer | Refusal]:
         """Answer all jobs in one process, which leaves its papers in ``folder``."""

