@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from llmopt.report.schema import (
     Calibration,
     CompanionFiles,
     Coverage,
+    ExpertTokens,
     Evaluation,
     LayerRecord,
     LedgerRecord,
@@ -78,7 +80,7 @@ def assemble_report(
         companions=CompanionFiles(carried=companions.copied, left_out=companions.left_out),
         round_trip=round_trip,
         sizes=_sizes(job, directory, ledger),
-        coverage=_coverage(layers),
+        coverage=_coverage(job, layers),
         verdict=verdict,
         margins_for_bits=job.bits,
         timings=dict(timings),
@@ -208,10 +210,32 @@ def _sizes(job: Job, directory: Path, ledger: Ledger) -> Sizes:
     )
 
 
-def _coverage(layers: Sequence[LayerRecord]) -> Coverage:
+def _coverage(job: Job, layers: Sequence[LayerRecord]) -> Coverage:
     tokens = [layer.num_tokens for layer in layers]
     return Coverage(
         num_singular_hessians=sum(layer.num_damping_escalations > 0 for layer in layers),
         num_dead_columns=sum(layer.num_dead_columns for layer in layers),
         min_tokens_per_layer=min(tokens) if any(tokens) else None,
+        expert_tokens=_expert_tokens(job, layers) if any(tokens) else None,
+    )
+
+
+def _expert_tokens(job: Job, layers: Sequence[LayerRecord]) -> ExpertTokens | None:
+    structure = job.structure
+    in_experts = {
+        structure.disk_module(name) for name in job.contract.schemes if structure.is_in_expert(name)
+    }
+    # All layers of an expert see the same tokens.
+    tokens = {
+        layer.name.rpartition(".")[0]: layer.num_tokens
+        for layer in layers
+        if layer.name in in_experts
+    }
+    if not tokens:
+        return None
+    return ExpertTokens(
+        num_experts=len(tokens),
+        fewest=min(tokens.values()),
+        median=statistics.median(tokens.values()),
+        most=max(tokens.values()),
     )

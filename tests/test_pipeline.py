@@ -109,7 +109,11 @@ def test_every_architecture_goes_down_the_road(
     matrices = {n for n in blocks if len(before.info(n).shape) == 2}
     assert changed == matrices - routers
     assert "auto_map" not in json.loads((result.path / "config.json").read_text())
-    assert bool(routers) == (architecture in ("mixtral", "qwen3_moe"))
+    experts = result.report.coverage.expert_tokens
+    assert (experts is None) == (not routers) == (architecture not in ("mixtral", "qwen3_moe"))
+    if experts is not None:
+        assert experts.num_experts == {"mixtral": 3 * 4, "qwen3_moe": 2 * 5}[architecture]
+        assert 32 <= experts.fewest <= experts.median <= experts.most <= 6 * 64
 
 
 def test_plain_rounding_needs_no_text_and_is_its_own_baseline(

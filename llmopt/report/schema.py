@@ -188,6 +188,15 @@ class Sizes(Record):
     bits_per_weight: NonNegativeFloat = Field(description="over the quantized weights, scales in")
 
 
+class ExpertTokens(Record):
+    """How many calibration tokens were routed to each expert of a mixture."""
+
+    num_experts: NonNegativeInt = Field(description="quantized ones, over all blocks")
+    fewest: NonNegativeInt
+    median: NonNegativeFloat
+    most: NonNegativeInt
+
+
 class Coverage(Record):
     """What went wrong on the way without stopping it; NaN and overflow do stop it."""
 
@@ -195,6 +204,9 @@ class Coverage(Record):
     num_dead_columns: NonNegativeInt = 0
     min_tokens_per_layer: NonNegativeInt | None = Field(
         default=None, description="None when the solver saw no calibration text"
+    )
+    expert_tokens: ExpertTokens | None = Field(
+        default=None, description="None also where no expert was quantized"
     )
 
 
