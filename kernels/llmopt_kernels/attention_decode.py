@@ -20,12 +20,10 @@ size; a shorter tree is padded with tokens that nobody sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from llmopt_kernels.attention_decode_config import DecodeConfig, shipped_config
 from llmopt_kernels.attention_merge import MAX_SPLITS, choose_num_splits, launch_merge
 from llmopt_kernels.decode_problem import CachedTokens, DecodeProblem, check_problem
 from llmopt_kernels.launching import check_launchable, launch, runs_kernel
@@ -396,59 +394,6 @@ def _count_bits(x):
     return (x & 127).to(tl.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """Tile sizes and launch parameters of the kernel over one store.
-
-    Attributes:
-        block_n: tokens a step.
-        num_warps: of 32 threads.
-        num_stages: steps whose loads are under way at once.
-    """
-
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# Block of tokens, warps, stages: what keeps about 64 KiB of loads under way on a multiprocessor and
-# every kernel free of spills.
-_SHIPPED: dict[Kind, dict[int, tuple[int, int, int]]] = {
-    "16-bit": {64: (128, 4, 3), 192: (32, 4, 3), 256: (32, 4, 3)},
-    "fp8": {64: (128, 4, 3), 128: (128, 4, 3)},
-    "int8": {64: (128, 4, 3), 128: (128, 4, 3), 192: (64, 8, 3), 256: (64, 8, 3)},
-    "int4": {80: (32, 4, 3), 128: (32, 4, 3), 192: (32, 4, 3), 256: (32, 4, 3)},
-}
-
-
-def shipped_config(kind: Kind, head_dim: int, page_size: int, block_m: int) -> DecodeConfig:
-    """The configuration for a kind of cache, by shape alone."""
-    if block_m == 16:
-        block_n, num_warps, num_stages = _SHIPPED[kind].get(head_dim, (64, 4, 3))
-    elif kind == "16-bit" and head_dim <= 128:
-        block_n, num_warps, num_stages = 64, 8, 3
-    elif kind == "16-bit" and head_dim == 192:
-        block_n, num_warps, num_stages = 32, 8, 3
-    else:
-        block_n, num_warps, num_stages = 32, 4, 3
-    if kind == "int4":  # within a page: its keys have one row of scales
-        block_n = min(block_n, page_size)
-    return DecodeConfig(block_n, num_warps, num_stages)
-
-
-def candidate_configs(
-    kind: Kind, head_dim: int, page_size: int, block_m: int
-) -> Iterator[DecodeConfig]:
-    """What the benchmark tries."""
-    del block_m
-    for block_n in (32, 64, 128):
-        for num_warps in (4, 8):
-            for num_stages in (2, 3, 4):
-                fits = block_n * _row_bytes(kind, head_dim) * (num_stages - 1) <= 128 * 1024
-                if fits and (kind != "int4" or block_n <= page_size):
-                    yield DecodeConfig(block_n, num_warps, num_stages)
-
-
 def launch_attention_decode(
     problem: DecodeProblem,
     num_splits: int | None = None,
@@ -584,9 +529,3 @@ def _column_ranges(kind: Kind, head_dim: int) -> tuple[int, int, int]:
         return head_dim // 2, half, half
     first = int(triton.next_power_of_2(head_dim)) // 2
     return first, first, int(triton.next_power_of_2(head_dim - first))
-
-
-def _row_bytes(kind: Kind, head_dim: int) -> int:
-    """Of a token's key and value."""
-    bits = {"16-bit": 16, "fp8": 8, "int8": 8, "int4": 4}
-    return 2 * head_dim * bits[kind] // 8

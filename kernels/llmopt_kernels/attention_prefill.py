@@ -486,13 +486,15 @@ def shipped_config(
 
 
 def candidate_configs(head_dim: int) -> list[PrefillConfig]:
-    """What is worth timing on compute capability 9.0: what its shared memory holds."""
-    tiles = [(128, 64, 8), (64, 64, 4), *([(128, 128, 8)] if head_dim <= 128 else [])]
+    """What is worth timing on compute capability 9.0: what its shared memory and registers hold."""
+    narrow = [(128, 64, 8), (64, 64, 4), (128, 128, 8)]
+    tiles = narrow if head_dim <= 128 else [(128, 64, 8), (128, 32, 8), (64, 64, 8)]
     return [
         PrefillConfig(m, n, warps, stages)
         for m, n, warps in tiles
         for stages in (2, 3, 4)
         if 2 * head_dim * (m + 2 * stages * n) <= SHARED_BYTES
+        and (head_dim < 128 or n < 128 or stages == 2)
     ]
 
 

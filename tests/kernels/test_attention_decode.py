@@ -13,14 +13,12 @@ from support.far_apart import far_apart
 from support.paged_stores import moved
 
 from llmopt_kernels.attention_decode import (
-    DecodeConfig,
     attention_decode,
     attention_decode_reference,
-    candidate_configs,
     choose_num_splits,
     launch_attention_decode,
-    shipped_config,
 )
+from llmopt_kernels.attention_decode_config import DecodeConfig, candidate_configs, shipped_config
 from llmopt_kernels.decode_problem import CachedTokens, pack_tree_mask
 from llmopt_kernels.paged_kv import HEAD_DIMS, PAGE_SIZES, new_cache
 
@@ -340,7 +338,7 @@ def test_splits_fill_the_multiprocessors_and_are_not_too_short():
 def test_int4_tiles_lie_within_pages(page_size):
     for head_dim in HEAD_DIMS:
         shipped = shipped_config("int4", head_dim, page_size, 16)
-        candidates = list(candidate_configs("int4", head_dim, page_size, 16))
+        candidates = list(candidate_configs("int4", head_dim, page_size))
         assert all(c.block_n <= page_size for c in [shipped, *candidates])
 
 

@@ -7,10 +7,10 @@ from support.comparing import TOLERANCE, relative_error
 from support.paged_stores import filled_store, moved
 
 from llmopt_kernels.attention_decode import (
-    DecodeConfig,
     attention_decode_reference,
     launch_attention_decode,
 )
+from llmopt_kernels.attention_decode_config import DecodeConfig
 from llmopt_kernels.decode_problem import DecodeProblem, pack_tree_mask
 
 # Probabilities are rounded to 16 bit before they multiply the values, int4 is when dequantized.

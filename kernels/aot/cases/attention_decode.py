@@ -9,7 +9,8 @@ import torch
 
 from aot.case import Case, meta
 from benchmarks.suite.attention_decode import CASES
-from llmopt_kernels.attention_decode import candidate_configs, launch_attention_decode
+from llmopt_kernels.attention_decode import launch_attention_decode
+from llmopt_kernels.attention_decode_config import candidate_configs
 from llmopt_kernels.decode_problem import CachedTokens, DecodeProblem
 from llmopt_kernels.paged_kv import HEAD_DIMS, Kind, new_cache
 
@@ -97,11 +98,11 @@ def _candidates() -> Iterator[Case]:
     """What ``--tune`` tries: any of it may ship."""
     seen = set()
     for tuned in CASES["real"]:
-        kind, shape = tuned.kind, (tuned.head_dim, tuned.page_size, tuned.block_m)
+        kind = tuned.kind
         options = {"num_queries": tuned.num_queries, "tree": tuned.num_queries > 1}
         if tuned.window is not None:
             options["window"] = tuned.window
-        for config in candidate_configs(kind, *shape):
+        for config in candidate_configs(kind, tuned.head_dim, tuned.page_size):
             title = (
                 f"attention_decode {kind} {tuned.head_dim} pages of {tuned.page_size}"
                 f"{f' tree of {tuned.num_queries}' * options['tree']}"

@@ -14,13 +14,11 @@ from benchmarks.goals import DECODE_CASES, SDPA_CUDNN, SDPA_EFFICIENT, SDPA_FLAS
 from benchmarks.peers import SDPA_MATH, flex, sdpa
 from benchmarks.suite._inputs import Draw, Inputs
 from llmopt_kernels.attention_decode import (
-    DecodeConfig,
     attention_decode,
     attention_decode_reference,
-    candidate_configs,
     launch_attention_decode,
-    shipped_config,
 )
+from llmopt_kernels.attention_decode_config import DecodeConfig, candidate_configs, shipped_config
 from llmopt_kernels.decode_problem import CachedTokens, DecodeProblem, pack_tree_mask
 from llmopt_kernels.paged_kv import Kind, PagedKV, new_cache
 
@@ -126,7 +124,7 @@ def benchmarks(scale: Scale) -> Iterator[Benchmark]:
             part=_rows,
             peers=_peers(case),
             tunable=Tunable(
-                list(candidate_configs(case.kind, case.head_dim, case.page_size, case.block_m)),
+                list(candidate_configs(case.kind, case.head_dim, case.page_size)),
                 shipped_config(case.kind, case.head_dim, case.page_size, case.block_m),
                 _with_config,
             ),
