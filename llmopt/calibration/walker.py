@@ -124,7 +124,14 @@ class BlockWalker:
         Returns:
             (batch, tokens, hidden) on the device.
         """
-        call = self._calls_of(self.batches[batch])[block]
+        return self.forward_batch(block, module, self.batches[batch], hidden)
+
+    @torch.no_grad()
+    def forward_batch(
+        self, block: int, module: nn.Module, batch: TokenBatch, hidden: Tensor
+    ) -> Tensor:
+        """The same for a batch that is not on the walk, for example a few tokens of one that is."""
+        call = self._calls_of(batch)[block]
         output = module(hidden.to(self.device), *call.args, **call.kwargs)
         assert isinstance(output, Tensor)
         return output
