@@ -164,11 +164,9 @@ def _read_back(job: Job, artifact: Artifact, progress: Progress) -> RoundTrip:
 
 def _judge(job: Job, artifact: Artifact, progress: Progress) -> Verdict:
     """Judge the staged bytes; nothing that was in memory while quantizing is used."""
-    stage = job.recipe.quantize
-    is_plain_rounding = stage.solver == "rtn" and stage.clip == "none"
     comparison = replace(
         compare(open_checkpoint(artifact.directory), job.reader),
-        is_plain_rounding=is_plain_rounding,
+        is_plain_rounding=job.recipe.is_plain_rounding,
     )
     return judge(
         comparison,

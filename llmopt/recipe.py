@@ -13,13 +13,15 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -27,6 +29,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from llmopt.errors import BadInputError
+from llmopt.quantization.awq import AWQOptions
+from llmopt.quantization.grid import Clip
 from llmopt.quantization.scheme import ActivationOrder, IntBits, Scheme
 from llmopt_evals.cloze import ClozeOptions
 from llmopt_evals.criteria import Criteria, Criterion, Metric, RelativeCriterion, default_criteria
@@ -80,13 +84,31 @@ class Override(_Section):
         return _pattern(pattern)
 
 
+class AWQStage(_Section):
+    """Scale channels before they are quantized, where that leaves the 16-bit model as it is.
+
+    See :mod:`llmopt.quantization.awq`. It stands before the quantize stage, whose solver may be
+    either.
+    """
+
+    kind: Literal["awq"] = "awq"
+    num_scales: int = Field(default=20, gt=0, description="exponents tried for every fold")
+    duo_scaling: bool | Literal["both"] = Field(
+        default="both", description="divide by the weight's magnitude too; both tries with, without"
+    )
+
+    def options(self) -> AWQOptions:
+        """The same as the mathematics knows it."""
+        return AWQOptions(self.num_scales, self.duo_scaling)
+
+
 class QuantizeStage(_Section):
     """Quantize the linear layers of every decoder block."""
 
     kind: Literal["quantize"] = "quantize"
     solver: Literal["rtn", "gptq"] = "gptq"
     scheme: SchemeSection = SchemeSection()
-    clip: Literal["none", "mse"] = "none"
+    clip: Clip = "none"
     damping: float = Field(default=0.01, gt=0, le=1, description="of the Hessian's mean diagonal")
     static_groups: bool = Field(
         default=True, description="all scales fixed before the first column"
@@ -104,10 +126,33 @@ class QuantizeStage(_Section):
                 return override.scheme.scheme()
         return self.scheme.scheme()
 
+    @property
+    def sees_text(self) -> bool:
+        """Whether it goes by statistics of the calibration text."""
+        return self.solver == "gptq" or self.clip == "activation"
+
     @field_validator("ignore")
     @classmethod
     def _check_ignore(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(_pattern(pattern) for pattern in patterns)
+
+
+_STAGES: dict[str, type[_Section]] = {"awq": AWQStage, "quantize": QuantizeStage}
+
+
+def _stage_kind(stage: object) -> str:
+    kind = stage.get("kind", "quantize") if isinstance(stage, dict) else getattr(stage, "kind", "")
+    return str(kind)
+
+
+Stage = Annotated[
+    Annotated[AWQStage, Tag("awq")] | Annotated[QuantizeStage, Tag("quantize")],
+    Discriminator(
+        _stage_kind,
+        custom_error_type="unknown_stage",
+        custom_error_message=f"a stage's kind is one of {', '.join(_STAGES)}",
+    ),
+]
 
 
 class CalibrationSection(_Section):
@@ -202,7 +247,7 @@ class Recipe(_Section):
 
     name: str
     description: str = ""
-    stages: tuple[QuantizeStage, ...]
+    stages: tuple[Stage, ...]
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
@@ -210,15 +255,38 @@ class Recipe(_Section):
 
     @field_validator("stages")
     @classmethod
-    def _check_stages(cls, stages: tuple[QuantizeStage, ...]) -> tuple[QuantizeStage, ...]:
-        if len(stages) != 1:
-            raise ValueError(f"give one quantization stage; there are {len(stages)}")
+    def _check_stages(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        kinds = [stage.kind for stage in stages]
+        if kinds.count("quantize") != 1:
+            raise ValueError(f"give one quantize stage; there are {kinds.count('quantize')}")
+        if kinds[-1] != "quantize":
+            raise ValueError("scales are folded before rounding; put the quantize stage last")
+        if len(kinds) > 2:
+            raise ValueError(f"one awq stage is enough; there are {kinds.count('awq')}")
         return stages
 
     @property
     def quantize(self) -> QuantizeStage:
         """The quantization stage."""
-        return self.stages[0]
+        stage = self.stages[-1]
+        assert isinstance(stage, QuantizeStage)
+        return stage
+
+    @property
+    def awq(self) -> AWQStage | None:
+        """The scaling stage before it, if there is one."""
+        return next((stage for stage in self.stages if isinstance(stage, AWQStage)), None)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether any stage goes by statistics of the calibration text."""
+        return self.awq is not None or self.quantize.sees_text
+
+    @property
+    def is_plain_rounding(self) -> bool:
+        """Whether it is what calibrated recipes are measured against."""
+        stage = self.quantize
+        return self.awq is None and stage.solver == "rtn" and stage.clip == "none"
 
     def sha256(self) -> str:
         """Content hash of the recipe as it was understood, defaults included."""
@@ -285,7 +353,11 @@ def parse_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def _explain(fault: ErrorDetails) -> str:
-    location = ".".join(str(part) for part in fault["loc"])
+    # A stage's kind stands in the path as if it were a key.
+    parts = fault["loc"]
+    is_kind = [before == "stages" for before in (None, None, *parts)]
+    shown = [str(part) for part, kind in zip(parts, is_kind, strict=False) if not kind]
+    location = ".".join(shown)
     if fault["type"] != "extra_forbidden":
         words = fault["msg"].removeprefix("Value error, ")
         return f"{location}: {words} (got {fault['input']!r})"
@@ -296,6 +368,8 @@ def _explain(fault: ErrorDetails) -> str:
 def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
     section: type[BaseModel] = Recipe
     for part in location:
+        if section is Recipe and part in _STAGES:
+            section = _STAGES[str(part)]
         if not isinstance(part, str) or part not in section.model_fields:
             continue
         annotation = section.model_fields[part].annotation

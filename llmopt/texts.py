@@ -83,7 +83,7 @@ def prepare_texts(
         EvaluationError: fewer than 30 units.
     """
     section = recipe.calibration
-    calibrates = recipe.quantize.solver != "rtn"
+    calibrates = recipe.calibrates
     sources = recipe.evaluation.sources
     check_lengths(recipe, context_length)
     _check_distinct([section.source, *sources] if section.source != BUILTIN else sources)
@@ -142,7 +142,7 @@ def check_lengths(recipe: Recipe, context_length: int | None) -> None:
         BadInputError: calibration sequences longer than the context, or too short a context.
     """
     _check_context(context_length)
-    if recipe.quantize.solver != "rtn":
+    if recipe.calibrates:
         _check_sequence_length(recipe.calibration.sequence_length, context_length)
 
 

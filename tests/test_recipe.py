@@ -31,8 +31,15 @@ def test_an_unknown_recipe_suggests_the_nearest() -> None:
         ({"gate": {"margin": {}}}, "did you mean 'margins'"),
         ({"stages": [{**QUANTIZE, "scheme": {"bits": 5}}]}, "stages.0.scheme.bits"),
         ({"stages": [{**QUANTIZE, "damping": 0}]}, "damping"),
-        ({"stages": []}, "give one quantization stage; there are 0"),
-        ({"stages": [QUANTIZE, QUANTIZE]}, "give one quantization stage; there are 2"),
+        ({"stages": []}, "give one quantize stage; there are 0"),
+        ({"stages": [QUANTIZE, QUANTIZE]}, "give one quantize stage; there are 2"),
+        ({"stages": [{"kind": "awq"}]}, "give one quantize stage; there are 0"),
+        ({"stages": [QUANTIZE, {"kind": "awq"}]}, "put the quantize stage last"),
+        ({"stages": [{"kind": "awq"}, {"kind": "awq"}, QUANTIZE]}, "one awq stage is enough"),
+        ({"stages": [{"kind": "prune"}, QUANTIZE]}, "stages.0: a stage's kind is one of awq, quan"),
+        ({"stages": [{"kind": "awq", "num_scale": 3}, QUANTIZE]}, "did you mean 'num_scales'"),
+        ({"stages": [{"kind": "awq", "num_scales": 0}, QUANTIZE]}, "stages.0.num_scales: Input"),
+        ({"stages": [{**QUANTIZE, "duo_scaling": True}]}, "unknown key 'stages.0.duo_scaling'"),
         ({"gate": {"margins": {"perplexity": 1}}}, "margins"),
         ({"gate": {"margins": {"mean_kl": float("nan")}}}, "margin"),
         ({"gate": {"margins": {"mean_kl": float("inf")}}}, "margin"),
@@ -73,6 +80,21 @@ def test_a_file_is_named_after_itself_and_its_hash_follows_its_content(tmp_path:
     assert load_recipe(path).sha256() == plain.sha256()
     path.write_text("stages: [{solver: rtn, clip: mse}]")
     assert load_recipe(path).sha256() != plain.sha256()
+
+
+def test_a_recipe_knows_whether_it_needs_text_and_whether_it_is_the_yardstick() -> None:
+    def recipe(*stages: dict[str, object]) -> tuple[bool, bool]:
+        read = parse_recipe({"name": "x", "stages": list(stages)})
+        return read.calibrates, read.is_plain_rounding
+
+    assert recipe(QUANTIZE) == (False, True)
+    assert recipe({**QUANTIZE, "clip": "mse"}) == (False, False)
+    assert recipe({**QUANTIZE, "clip": "activation"}) == (True, False)
+    assert recipe({"kind": "awq"}, QUANTIZE) == (True, False)
+    assert recipe({"solver": "gptq"}) == (True, False)
+    composed = parse_recipe({"name": "x", "stages": [{"kind": "awq", "num_scales": 5}, QUANTIZE]})
+    assert composed.awq is not None and composed.awq.options().num_scales == 5
+    assert composed.quantize.solver == "rtn"
 
 
 def test_ignore_wins_over_overrides_and_the_first_override_wins() -> None:

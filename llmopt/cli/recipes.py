@@ -34,7 +34,7 @@ def recipes(
         table.add_row(
             known,
             f"{scheme.name} {group} {'sym' if scheme.symmetric else 'asym'}",
-            recipe.quantize.solver,
+            recipe.quantize.solver if recipe.awq is None else f"awq, {recipe.quantize.solver}",
             ", ".join(recipe.output.consumers),
             recipe.description,
         )

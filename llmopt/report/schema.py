@@ -158,6 +158,29 @@ class LayerRecord(Record):
         return ".".join("*" if part.isdigit() else part for part in tail.split("."))
 
 
+class ScaleRecord(Record):
+    """Channels that were scaled before quantizing, and what that brought."""
+
+    block: NonNegativeInt
+    producer: str = Field(description="relative to the block; what the scales were folded into")
+    readers: tuple[str, ...] = Field(description="what takes them back; * for any expert")
+    alpha: float = Field(ge=0, le=1, description="0 where nothing beat leaving them as they are")
+    duo: bool = Field(description="whether the weight's magnitude was divided by")
+    error_ratio: NonNegativeFloat = Field(
+        description="the readers' output error under plain rounding, scaled / unscaled"
+    )
+    smallest: NonNegativeFloat
+    largest: NonNegativeFloat
+
+
+class DeclinedFold(Record):
+    """A layer whose channels cannot be scaled without changing the model."""
+
+    block: NonNegativeInt
+    producer: str
+    reason: str
+
+
 class LedgerRecord(Record):
     """What became of every source tensor; the totals sum to the source."""
 
@@ -208,6 +231,10 @@ class Coverage(Record):
     expert_tokens: ExpertTokens | None = Field(
         default=None, description="None also where no expert was quantized"
     )
+    num_folds: NonNegativeInt = Field(default=0, description="scales searched for and folded")
+    declined_folds: dict[str, str] = Field(
+        default={}, description="layer -> why no scale could be folded into it, in any block"
+    )
 
 
 class FileHash(Record):
@@ -235,6 +262,7 @@ class Report(Record):
     evaluation: Evaluation
     environment: Environment
     layers: tuple[LayerRecord, ...]
+    scales: tuple[ScaleRecord, ...] = Field(default=(), description="of the awq stage")
     ledger: LedgerRecord
     companions: CompanionFiles
     round_trip: RoundTrip
