@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from llmopt.calibration.block_pass import advance
-from llmopt.calibration.hidden_states import HiddenStatePair
-from llmopt.calibration.walker import calibration_walker
+from llmopt.calibration.hidden_states import HiddenStatePair, HiddenStates
+from llmopt.calibration.walker import BlockWalker, calibration_walker
 from llmopt.checkpoint.artifact import Artifact, clear_folder
 from llmopt.checkpoint.journal import BlockEntry
+from llmopt.checkpoint.scan import tensor_digest
 from llmopt.checkpoint.shards import shard_file_name, write_shard
 from llmopt.job import Job, calibration_batches
 from llmopt.progress import Progress
-from llmopt.solving import SolvedLinear, round_block, solve_block
+from llmopt.rounding import round_block, round_seen_block
+from llmopt.scaling import BlockScaling, scale_block
+from llmopt.solving import SolvedLinear, solve_block
 from llmopt.writing import assemble_part
 
 
@@ -49,7 +53,7 @@ def _round_parts(job: Job, artifact: Artifact, first: int, progress: Progress) -
                 job.contract.schemes,
                 job.device,
             )
-        _write_part(job, artifact, index, solved)
+        _write_part(job, artifact, index, solved, BlockScaling())
     progress("quantize", len(job.parts), len(job.parts))
 
 
@@ -70,11 +74,13 @@ def _solve_parts(
     for index, part in enumerate(job.parts[first:], start=first):
         progress("quantize", index, len(job.parts))
         if part.block is None:
-            _write_part(job, artifact, index, [])
+            _write_part(job, artifact, index, [], BlockScaling())
             continue
         inputs, outputs = states.inputs(part.block), states.outputs(part.block)
         with walker.materialise(part.block) as module:
-            solved = solve_block(
+            scaling = _scale(job, walker, part.block, module, inputs)
+            solve = solve_block if job.recipe.quantize.solver == "gptq" else round_seen_block
+            solved = solve(
                 walker,
                 part.block,
                 module,
@@ -82,15 +88,40 @@ def _solve_parts(
                 job.recipe.quantize,
                 job.contract.schemes,
                 job.recipe.calibration.min_expert_tokens,
+                scaling,
             )
             advance(walker, part.block, module, inputs, outputs)
         outputs.flush()  # before the journal says that the next block has its inputs
-        _write_part(job, artifact, index, solved)
+        _write_part(job, artifact, index, solved, scaling)
     progress("quantize", len(job.parts), len(job.parts))
 
 
-def _write_part(job: Job, artifact: Artifact, index: int, solved: Sequence[SolvedLinear]) -> None:
-    written = assemble_part(job.parts[index], job.reader, job.structure, job.contract.form, solved)
+def _scale(
+    job: Job, walker: BlockWalker, block: int, module: nn.Module, inputs: HiddenStates
+) -> BlockScaling:
+    if job.recipe.awq is None:
+        return BlockScaling()
+    return scale_block(
+        walker,
+        block,
+        module,
+        inputs,
+        job.recipe.awq.options(),
+        job.contract.schemes,
+        job.recipe.calibration.min_expert_tokens,
+    )
+
+
+def _write_part(
+    job: Job,
+    artifact: Artifact,
+    index: int,
+    solved: Sequence[SolvedLinear],
+    scaling: BlockScaling,
+) -> None:
+    scaled = {job.structure.disk_name(name): value for name, value in scaling.tensors.items()}
+    form = job.contract.form
+    written = assemble_part(job.parts[index], job.reader, job.structure, form, solved, scaled)
     shard = write_shard(
         artifact.directory / shard_file_name(index, len(job.parts)), written.tensors
     )
@@ -101,6 +132,9 @@ def _write_part(job: Job, artifact: Artifact, index: int, solved: Sequence[Solve
             digests={linear.module: linear.tensor.digest() for linear in solved},
             payload={
                 "layers": [linear.record.model_dump(mode="json") for linear in solved],
+                "scales": [record.model_dump(mode="json") for record in scaling.records],
+                "declined": [fold.model_dump(mode="json") for fold in scaling.declined],
+                "scaled": {name: tensor_digest(value.cpu()) for name, value in scaled.items()},
                 "ledger": [entry.model_dump(mode="json") for entry in written.entries],
             },
         )

@@ -12,7 +12,6 @@ from pydantic import TypeAdapter
 
 from llmopt.checkpoint.artifact import Artifact
 from llmopt.checkpoint.companions import Companions, copy_companions
-from llmopt.checkpoint.journal import BlockEntry
 from llmopt.checkpoint.ledger import Ledger, LedgerEntry
 from llmopt.checkpoint.publish import publish
 from llmopt.checkpoint.reader import open_checkpoint
@@ -25,8 +24,8 @@ from llmopt.naming import config_names, ignored_names
 from llmopt.progress import Progress, silent
 from llmopt.recipe import Recipe
 from llmopt.report.failure import write_failure
-from llmopt.report.schema import LayerRecord, Report, RoundTrip
-from llmopt.reporting import assemble_failure, assemble_report, write_report
+from llmopt.report.schema import Report, RoundTrip
+from llmopt.reporting import assemble_failure, assemble_report, read_records, write_report
 from llmopt.roundtrip import check_round_trip
 from llmopt.writing import write_config
 from llmopt_evals.verdict import Verdict
@@ -80,7 +79,7 @@ def quantize(
             write_parts(job, artifact, progress)
         with stopwatch("finish"):
             ledger, companions = finish_directory(job, artifact)
-        layers = [layer for entry in artifact.journal.blocks for layer in _layers_of(entry)]
+        records = read_records(artifact.journal.blocks)
         try:
             with stopwatch("round trip"):
                 round_trip = _read_back(job, artifact, progress)
@@ -89,7 +88,7 @@ def quantize(
         except (RoundTripError, BrokenArtifactError) as error:
             seconds, name = stopwatch.seconds, artifact.output.name
             failure = assemble_failure(
-                job, artifact.directory, name, layers, companions, error, seconds
+                job, artifact.directory, name, records.layers, companions, error, seconds
             )
             write_failure(artifact.directory, failure)
             place = publish(artifact, _Broken()).path
@@ -98,7 +97,7 @@ def quantize(
             job,
             artifact.directory,
             artifact.output.name,
-            layers,
+            records,
             ledger,
             companions,
             round_trip,
@@ -154,12 +153,15 @@ def _read_back(job: Job, artifact: Artifact, progress: Progress) -> RoundTrip:
     }
     quantized = {f"{module}.weight" for module in solved}
     written = {name for entry in entries for name in entry.shard.names}
-    copied = {
+    kept = {
         name: digest
         for name, digest in job.digests.items()
         if name in written and name not in quantized
     }
-    return check_round_trip(artifact.directory, solved, schemes, copied, progress)
+    scaled = TypeAdapter(dict[str, str])
+    for entry in entries:  # their bytes are no longer the source's
+        kept |= scaled.validate_python(entry.payload["scaled"])
+    return check_round_trip(artifact.directory, solved, schemes, kept, progress)
 
 
 def _judge(job: Job, artifact: Artifact, progress: Progress) -> Verdict:
@@ -176,7 +178,3 @@ def _judge(job: Job, artifact: Artifact, progress: Progress) -> Verdict:
         device=job.device,
         progress=progress,
     )
-
-
-def _layers_of(entry: BlockEntry) -> list[LayerRecord]:
-    return TypeAdapter(list[LayerRecord]).validate_python(entry.payload["layers"])

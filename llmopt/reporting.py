@@ -5,13 +5,17 @@ from __future__ import annotations
 import datetime
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import JsonValue, TypeAdapter
 
 import llmopt
 from llmopt.calibration.overlap import MAX_OVERLAPPING_DOCUMENTS
 from llmopt.checkpoint.companions import Companions
+from llmopt.checkpoint.journal import BlockEntry
 from llmopt.checkpoint.ledger import Fate, Ledger
 from llmopt.errors import BrokenArtifactError, RoundTripError
 from llmopt.report.card import write_card
@@ -23,13 +27,16 @@ from llmopt.report.schema import (
     Calibration,
     CompanionFiles,
     Coverage,
+    DeclinedFold,
     Evaluation,
     ExpertTokens,
     LayerRecord,
     LedgerRecord,
     RecipeRecord,
+    Record,
     Report,
     RoundTrip,
+    ScaleRecord,
     Sizes,
     Source,
 )
@@ -39,11 +46,44 @@ if TYPE_CHECKING:
     from llmopt_evals.verdict import Verdict
 
 
+_Record = TypeVar("_Record", bound=Record)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecords:
+    """What the journal keeps for the report.
+
+    Attributes:
+        layers: one record a quantized layer.
+        scales: one a fold of the awq stage.
+        declined: layers that no scale could be folded into.
+    """
+
+    layers: tuple[LayerRecord, ...]
+    scales: tuple[ScaleRecord, ...] = ()
+    declined: tuple[DeclinedFold, ...] = ()
+
+
+def read_records(entries: Sequence[BlockEntry]) -> BlockRecords:
+    """The records of all parts that the journal has."""
+    return BlockRecords(
+        tuple(_read(LayerRecord, entries, "layers")),
+        tuple(_read(ScaleRecord, entries, "scales")),
+        tuple(_read(DeclinedFold, entries, "declined")),
+    )
+
+
+def _read(record: type[_Record], entries: Sequence[BlockEntry], key: str) -> Iterator[_Record]:
+    for entry in entries:
+        for data in TypeAdapter(list[JsonValue]).validate_python(entry.payload[key]):
+            yield record.model_validate(data)
+
+
 def assemble_report(
     job: Job,
     directory: Path,
     name: str,
-    layers: Sequence[LayerRecord],
+    records: BlockRecords,
     ledger: Ledger,
     companions: Companions,
     round_trip: RoundTrip,
@@ -56,7 +96,7 @@ def assemble_report(
         job: what was known before the first block.
         directory: the staged artifact, complete but for the report.
         name: the artifact's.
-        layers: one record a quantized layer.
+        records: of the quantized layers, and of the scales folded before.
         ledger: of all source tensors.
         companions: files carried and left out.
         round_trip: what reading back found.
@@ -75,12 +115,13 @@ def assemble_report(
         calibration=_calibration(job),
         evaluation=_evaluation(job),
         environment=job.environment,
-        layers=tuple(layers),
+        layers=records.layers,
+        scales=records.scales,
         ledger=LedgerRecord(totals=ledger.summary(), entries=ledger.entries),
         companions=CompanionFiles(carried=companions.copied, left_out=companions.left_out),
         round_trip=round_trip,
         sizes=_sizes(job, directory, ledger),
-        coverage=_coverage(job, layers),
+        coverage=_coverage(records, _expert_layers(job)),
         verdict=verdict,
         margins_for_bits=job.bits,
         timings=dict(timings),
@@ -210,21 +251,32 @@ def _sizes(job: Job, directory: Path, ledger: Ledger) -> Sizes:
     )
 
 
-def _coverage(job: Job, layers: Sequence[LayerRecord]) -> Coverage:
+def _coverage(records: BlockRecords, in_experts: Collection[str]) -> Coverage:
+    layers = records.layers
     tokens = [layer.num_tokens for layer in layers]
+    reasons: dict[str, dict[str, None]] = {}
+    for fold in records.declined:
+        reasons.setdefault(fold.producer, {})[fold.reason] = None
     return Coverage(
         num_singular_hessians=sum(layer.num_damping_escalations > 0 for layer in layers),
         num_dead_columns=sum(layer.num_dead_columns for layer in layers),
         min_tokens_per_layer=min(tokens) if any(tokens) else None,
-        expert_tokens=_expert_tokens(job, layers) if any(tokens) else None,
+        expert_tokens=_expert_tokens(layers, in_experts) if any(tokens) else None,
+        num_folds=sum(scale.alpha > 0 for scale in records.scales),
+        declined_folds={producer: "; ".join(found) for producer, found in reasons.items()},
     )
 
 
-def _expert_tokens(job: Job, layers: Sequence[LayerRecord]) -> ExpertTokens | None:
+def _expert_layers(job: Job) -> set[str]:
     structure = job.structure
-    in_experts = {
+    return {
         structure.disk_module(name) for name in job.contract.schemes if structure.is_in_expert(name)
     }
+
+
+def _expert_tokens(
+    layers: Sequence[LayerRecord], in_experts: Collection[str]
+) -> ExpertTokens | None:
     # All layers of an expert see the same tokens.
     tokens = {
         layer.name.rpartition(".")[0]: layer.num_tokens

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from llmopt.calibration.block_pass import Group, collect
+from llmopt.calibration.block_pass import Group, check_experts, collect
 from llmopt.calibration.folds import Fold, find_folds
 from llmopt.calibration.hidden_states import HiddenStates
 from llmopt.calibration.probing import role_of
@@ -82,6 +82,7 @@ def scale_block(
     inputs: HiddenStates,
     options: AWQOptions,
     schemes: Mapping[str, Scheme],
+    min_expert_tokens: int,
 ) -> BlockScaling:
     """Scale a block's channels; ``module`` is changed, what it computes is not.
 
@@ -92,8 +93,10 @@ def scale_block(
         inputs: the block's inputs.
         options: of the search.
         schemes: by memory name of the linear layers that will be quantized.
+        min_expert_tokens: that every expert to quantize must have seen.
 
     Raises:
+        BadInputError: experts that too few tokens are routed to.
         NumericalError: NaN or infinity on the way, or the scaled block computes something else.
     """
     structure = walker.structure
@@ -119,6 +122,7 @@ def scale_block(
     if not groups:
         return scaling
     scaling.statistics = collect(walker, block, module, inputs, groups)
+    check_experts(structure, block, scaling.statistics, min_expert_tokens)
     before = run()
     folder = _Folder(walker, block, module, schemes, scaling)
     for fold in folds:

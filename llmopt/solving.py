@@ -13,15 +13,13 @@ from llmopt.calibration.block_pass import Group, check_experts, collect
 from llmopt.calibration.hidden_states import HiddenStates
 from llmopt.calibration.statistics import InputStatistics
 from llmopt.calibration.walker import BlockWalker
-from llmopt.checkpoint.structure import ModelStructure
-from llmopt.checkpoint.tensor_source import TensorSource
 from llmopt.errors import NumericalError
 from llmopt.quantization.gptq import GPTQOptions, gptq
 from llmopt.quantization.quantized_tensor import QuantizedTensor
-from llmopt.quantization.rtn import rtn
 from llmopt.quantization.scheme import Scheme
 from llmopt.recipe import QuantizeStage
 from llmopt.report.schema import LayerRecord, SchemeRecord
+from llmopt.scaling import BlockScaling, scaled_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,45 +37,6 @@ class SolvedLinear:
     record: LayerRecord
 
 
-def round_block(
-    structure: ModelStructure,
-    source: TensorSource,
-    block: int,
-    stage: QuantizeStage,
-    schemes: Mapping[str, Scheme],
-    device: str,
-) -> list[SolvedLinear]:
-    """Quantize a block by plain rounding, from the weights alone.
-
-    Args:
-        structure: of the checkpoint.
-        source: its weights.
-        block: which block.
-        stage: the recipe's stage (clipping).
-        schemes: by memory name of the linear layers to quantize.
-        device: where to round.
-    """
-    solved = []
-    for linear in structure.linear_names(block):
-        name = f"{structure.block_prefix(block)}.{linear}"
-        if name not in schemes:
-            continue
-        weight = source.read(structure.disk_name(f"{name}.weight")).to(device)
-        scheme = schemes[name]
-        tensor = rtn(weight, scheme, clip=stage.clip, scale_dtype=weight.dtype)
-        module = structure.disk_module(name)
-        record = LayerRecord(
-            name=module,
-            block=block,
-            shape=tensor.shape,
-            scheme=_scheme_record(scheme),
-            solver="rtn",
-            weight_error=_relative_error(weight.float(), tensor),
-        )
-        solved.append(SolvedLinear(module, tensor, record))
-    return solved
-
-
 def solve_block(
     walker: BlockWalker,
     block: int,
@@ -86,6 +45,7 @@ def solve_block(
     stage: QuantizeStage,
     schemes: Mapping[str, Scheme],
     min_expert_tokens: int,
+    scaling: BlockScaling,
 ) -> list[SolvedLinear]:
     """Quantize a block by GPTQ and leave the dequantized weights in ``module``.
 
@@ -97,6 +57,7 @@ def solve_block(
         stage: the recipe's stage.
         schemes: by memory name of the linear layers to quantize.
         min_expert_tokens: that every expert to quantize must have seen.
+        scaling: what was folded into ``module``.
 
     Raises:
         BadInputError: experts that too few tokens are routed to.
@@ -121,9 +82,10 @@ def solve_block(
             layer = module.get_submodule(linear)
             assert isinstance(layer, nn.Linear)
             scale_dtype = walker.source.info(structure.disk_name(f"{name}.weight")).dtype
+            scaled = scaled_weight(walker, name, linear, scaling.linears)
             solved.append(
                 _solve(
-                    layer.weight.data,
+                    layer.weight.data if scaled is None else scaled,
                     shared,
                     stage,
                     schemes[name],
@@ -168,9 +130,9 @@ def _solve(
         name=module,
         block=block,
         shape=result.tensor.shape,
-        scheme=_scheme_record(scheme),
+        scheme=scheme_record(scheme),
         solver="gptq",
-        weight_error=_relative_error(weight.float(), result.tensor),
+        weight_error=relative_weight_error(weight.float(), result.tensor),
         output_error=result.error,
         plain_output_error=result.rtn_error,
         damping=result.damping,
@@ -182,7 +144,7 @@ def _solve(
     return SolvedLinear(module, result.tensor, record)
 
 
-def _relative_error(weight: Tensor, tensor: QuantizedTensor) -> float:
+def relative_weight_error(weight: Tensor, tensor: QuantizedTensor) -> float:
     """``|W - Q|^2 / |W|^2``, 0 for an all-zero weight."""
     total = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
     error = torch.linalg.vector_norm(weight - tensor.dequantize(), dtype=torch.float64)
@@ -190,7 +152,8 @@ def _relative_error(weight: Tensor, tensor: QuantizedTensor) -> float:
     return difference / total if total else 0.0
 
 
-def _scheme_record(scheme: Scheme) -> SchemeRecord:
+def scheme_record(scheme: Scheme) -> SchemeRecord:
+    """A scheme as the report has it."""
     return SchemeRecord(
         name=scheme.name,
         bits=scheme.bits,

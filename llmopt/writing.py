@@ -68,8 +68,12 @@ def assemble_part(
     structure: ModelStructure,
     form: Format,
     solved: Sequence[SolvedLinear],
+    scaled: Mapping[str, Tensor],
 ) -> WrittenPart:
-    """The tensors of a part in the output format; everything not quantized is copied as it is."""
+    """The tensors of a part in the output format; what is not quantized is copied as it is.
+
+    ``scaled`` holds, by name, those that a scale was folded into, in the source's element type.
+    """
     quantized = {f"{linear.module}.weight": linear for linear in solved}
     tensors: dict[str, Tensor] = {}
     entries: list[LedgerEntry] = []
@@ -78,6 +82,9 @@ def assemble_part(
             linear = quantized[name]
             tensors.update(form.pack(linear.module, linear.tensor))
             fate, reason = Fate.QUANTIZED, f"{linear.record.scheme.name} by {linear.record.solver}"
+        elif name in scaled:
+            tensors[name] = scaled[name].cpu().contiguous()
+            fate, reason = Fate.SCALED, "holds the scales that awq multiplied other weights by"
         elif structure.tied_head and name == structure.head_disk_name:
             fate, reason = Fate.TIED, f"equal to {structure.embed_disk_name}, which serves as head"
         else:

@@ -1,4 +1,4 @@
-"""What became of each source tensor: quantized, copied, tied or dropped, with a reason."""
+"""What became of each source tensor: quantized, scaled, copied, tied or dropped, and why."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Fate(StrEnum):
     """What a source tensor ends as."""
 
     QUANTIZED = "quantized"
+    SCALED = "scaled"
     COPIED = "copied"
     TIED = "tied"
     DROPPED = "dropped"

@@ -21,13 +21,13 @@ from llmopt.quantization.hessian import (
     energy_order,
     factorize,
 )
+from llmopt.quantization.output_error import relative_output_error, sampled_rows, take_rows
 from llmopt.quantization.quantized_tensor import QuantizedTensor
 from llmopt.quantization.rtn import check_matrix, rtn
 from llmopt.quantization.scheme import Scheme
 from llmopt_kernels.gptq_columns import columns_per_call, gptq_columns
 
 _BLOCK_COLUMNS = 256  # columns between two products with the errors of all columns before
-_ERROR_ROWS = 256  # rows the reported error is measured on
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,31 +264,18 @@ def _steps(
 def _errors(
     weight: Tensor, hessian: Tensor, tensor: QuantizedTensor, clip: Clip
 ) -> tuple[float, float]:
-    every = -(-weight.shape[0] // _ERROR_ROWS)
-    rows = weight[::every].float()
-    found = replace(
-        tensor,
-        codes=tensor.codes[::every],
-        scales=tensor.scales[::every],
-        zero_points=None if tensor.zero_points is None else tensor.zero_points[::every],
-    )
+    rows = sampled_rows(weight)
+    some = weight[rows].float()
+    found = take_rows(tensor, rows)
     # Rows are rounded independently of each other, so rounding these alone is the same.
     plain = rtn(
-        rows,
+        some,
         replace(tensor.scheme, activation_order="none"),
         clip=clip,
         scale_dtype=tensor.scales.dtype,
         hessian=hessian,
     )
-    total = _weighted_norm(rows, hessian)
-    if total == 0.0:
-        return 0.0, 0.0
     return (
-        _weighted_norm(rows - found.dequantize(), hessian) / total,
-        _weighted_norm(rows - plain.dequantize(), hessian) / total,
+        relative_output_error(some, found.dequantize(), hessian),
+        relative_output_error(some, plain.dequantize(), hessian),
     )
-
-
-def _weighted_norm(rows: Tensor, hessian: Tensor) -> float:
-    """``tr(rows H rows^T)``."""
-    return float(((rows @ hessian) * rows).sum(dtype=torch.float64))

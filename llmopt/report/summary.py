@@ -76,5 +76,6 @@ def scheme_label(report: Report) -> str:
 
 
 def solver_label(report: Report) -> str:
-    """The solvers in use, as the field writes them: ``GPTQ``."""
-    return " + ".join(sorted({layer.solver.upper() for layer in report.layers})) or "no solver"
+    """The solvers in use, as the field writes them: ``GPTQ``, ``AWQ + RTN``."""
+    solvers = sorted({layer.solver.upper() for layer in report.layers})
+    return " + ".join(["AWQ"] * bool(report.scales) + solvers) or "no solver"

@@ -1,0 +1,165 @@
+"""One decoder block rounded to nearest: from its weights alone, or with its inputs in view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from llmopt.calibration.block_pass import check_experts, collect
+from llmopt.calibration.hidden_states import HiddenStates
+from llmopt.calibration.statistics import InputStatistics
+from llmopt.calibration.walker import BlockWalker
+from llmopt.checkpoint.structure import ModelStructure
+from llmopt.checkpoint.tensor_source import TensorSource
+from llmopt.errors import NumericalError
+from llmopt.quantization.output_error import relative_output_error, sampled_rows
+from llmopt.quantization.rtn import rtn
+from llmopt.quantization.scheme import Scheme
+from llmopt.recipe import QuantizeStage
+from llmopt.report.schema import LayerRecord
+from llmopt.scaling import BlockScaling, LinearScales
+from llmopt.solving import SolvedLinear, relative_weight_error, scheme_record
+
+
+def round_block(
+    structure: ModelStructure,
+    source: TensorSource,
+    block: int,
+    stage: QuantizeStage,
+    schemes: Mapping[str, Scheme],
+    device: str,
+) -> list[SolvedLinear]:
+    """Quantize a block by plain rounding, from the weights alone.
+
+    Args:
+        structure: of the checkpoint.
+        source: its weights.
+        block: which block.
+        stage: the recipe's stage (clipping).
+        schemes: by memory name of the linear layers to quantize.
+        device: where to round.
+    """
+    solved = []
+    for linear in structure.linear_names(block):
+        name = f"{structure.block_prefix(block)}.{linear}"
+        if name not in schemes:
+            continue
+        weight = source.read(structure.disk_name(f"{name}.weight")).to(device)
+        scheme = schemes[name]
+        tensor = rtn(weight, scheme, clip=stage.clip, scale_dtype=weight.dtype)
+        module = structure.disk_module(name)
+        record = LayerRecord(
+            name=module,
+            block=block,
+            shape=tensor.shape,
+            scheme=scheme_record(scheme),
+            solver="rtn",
+            weight_error=relative_weight_error(weight.float(), tensor),
+        )
+        solved.append(SolvedLinear(module, tensor, record))
+    return solved
+
+
+def round_seen_block(
+    walker: BlockWalker,
+    block: int,
+    module: nn.Module,
+    inputs: HiddenStates,
+    stage: QuantizeStage,
+    schemes: Mapping[str, Scheme],
+    min_expert_tokens: int,
+    scaling: BlockScaling,
+) -> list[SolvedLinear]:
+    """Round a scaled block, or clip by its inputs; leave the dequantized weights in ``module``.
+
+    One pass over the calibration batches is enough, and the scale stage's serves where there was
+    one: what scaling made of the second moments can be computed.
+
+    Args:
+        walker: started with the calibration batches.
+        block: which block.
+        module: the block, from ``walker.materialise``; its linear layers are changed.
+        inputs: the block's inputs.
+        stage: the recipe's stage.
+        schemes: by memory name of the linear layers to quantize.
+        min_expert_tokens: that every expert to quantize must have seen.
+        scaling: what was folded into ``module``.
+
+    Raises:
+        BadInputError: experts that too few tokens are routed to.
+        NumericalError: NaN or infinity in an input; the layer and sample are named.
+    """
+    structure = walker.structure
+    prefix = structure.block_prefix(block)
+    groups = [
+        group
+        for group in structure.input_groups(block)
+        if any(f"{prefix}.{linear}" in schemes for linear in group)
+    ]
+    if not groups:
+        return []
+    statistics = scaling.statistics or collect(walker, block, module, inputs, groups)
+    check_experts(structure, block, statistics, min_expert_tokens)
+    shared = {linear: statistics[group] for group in groups for linear in group}
+    solved = []
+    for linear in structure.linear_names(block):
+        name = f"{prefix}.{linear}"
+        if name not in schemes:
+            continue
+        weight = walker.source.read(structure.disk_name(f"{name}.weight")).to(walker.device)
+        solved.append(
+            _round(
+                weight,
+                shared[linear],
+                stage,
+                schemes[name],
+                scaling.linears.get(linear, LinearScales()),
+                structure.disk_module(name),
+                block,
+            )
+        )
+        layer = module.get_submodule(linear)
+        assert isinstance(layer, nn.Linear)
+        layer.weight.data.copy_(solved[-1].tensor.dequantize(layer.weight.dtype))
+    return solved
+
+
+def _round(
+    weight: Tensor,
+    statistics: InputStatistics,
+    stage: QuantizeStage,
+    scheme: Scheme,
+    scales: LinearScales,
+    module: str,
+    block: int,
+) -> SolvedLinear:
+    hessian = statistics.hessian
+    scaled = scales.fold(weight)
+    try:
+        tensor = rtn(
+            scaled,
+            scheme,
+            clip=stage.clip,
+            scale_dtype=weight.dtype,
+            hessian=scales.hessian(hessian) if stage.clip == "activation" else None,
+        )
+    except NumericalError as error:
+        raise NumericalError(f"{module}: {error.what}", error.remedy) from error
+    rows = sampled_rows(weight)
+    some = weight[rows].float()
+    plain = rtn(some, scheme, scale_dtype=weight.dtype).dequantize()
+    record = LayerRecord(
+        name=module,
+        block=block,
+        shape=tensor.shape,
+        scheme=scheme_record(scheme),
+        solver="rtn",
+        weight_error=relative_weight_error(scaled, tensor),
+        output_error=relative_output_error(some, scales.unfold(tensor.dequantize())[rows], hessian),
+        plain_output_error=relative_output_error(some, plain, hessian),
+        num_dead_columns=int((hessian.diagonal() == 0).sum()),
+        num_tokens=statistics.num_tokens,
+        input_max_abs=statistics.max_abs,
+    )
+    return SolvedLinear(module, tensor, record)

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.small_jobs import small_recipe, write_job, write_text
+from support.tiny_models import CONFIGS, build_model, rewrite_tensors, write_checkpoint
+from support.walking import open_walker, random_batch
+from torch import Tensor
+
+from llmopt.calibration.hidden_states import HiddenStatePair
+from llmopt.calibration.walker import BlockWalker
+from llmopt.checkpoint.reader import open_checkpoint
+from llmopt.pipeline import quantize
+from llmopt.quantization.awq import AWQOptions
+from llmopt.quantization.scheme import Scheme
+from llmopt.scaling import BlockScaling, LinearScales, scale_block
+
+OPTIONS = AWQOptions(num_scales=4)
+
+
+def scale(
+    folder: Path, directory: Path, block: int = 1, kept: tuple[str, ...] = ()
+) -> tuple[BlockWalker, BlockScaling, Tensor, Tensor]:
+    """Scale a block of a checkpoint; also the block's output before and after, in float32."""
+    walker = open_walker(directory)
+    structure = walker.structure
+    prefix = structure.block_prefix(block)
+    schemes = {
+        f"{prefix}.{name}": Scheme(4, None, False)
+        for name in structure.linear_names(block)
+        if not name.endswith(kept)
+    }
+    batches = [random_batch(3, 40, seed=seed) for seed in range(2)]
+    shapes = [batch.shape for batch in batches]
+    states = HiddenStatePair.create(folder, shapes, structure.hidden_size, walker.dtype)
+    walker.start(batches, states.inputs(0))
+    with walker.materialise(block) as module:
+        before = walker.forward(block, module, 0, states.inputs(0).read(0))
+        scaling = scale_block(walker, block, module, states.inputs(0), OPTIONS, schemes, 1)
+        after = walker.forward(block, module, 0, states.inputs(0).read(0))
+    return walker, scaling, before, after
+
+
+def outlying_channels(tensors: dict[str, Tensor]) -> None:
+    """A few channels far larger than the others, as in real models: what AWQ is for."""
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensor[3::11] *= 12
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_the_folded_model_in_16_bit_is_the_source_before_anything_is_rounded(
+    tmp_path: Path, architecture: str
+) -> None:
+    write_checkpoint(tmp_path / "source", CONFIGS[architecture](), dtype=torch.bfloat16)
+    walker, scaling, before, after = scale(tmp_path, tmp_path / "source")
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    assert any(record.alpha > 0 for record in scaling.records)
+    for record in scaling.records:
+        assert record.error_ratio <= 1 and record.smallest < 1 < record.largest or not record.alpha
+    for name, stored in scaling.tensors.items():
+        source = walker.source.read(walker.structure.disk_name(name))
+        assert stored.dtype is torch.bfloat16 and stored.shape == source.shape
+        assert not torch.equal(stored, source)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_stays_in_16_bit_is_scaled_by_powers_of_two(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    write_checkpoint(tmp_path / "source", CONFIGS["llama"](), dtype=dtype)
+    rewrite_tensors(tmp_path / "source", outlying_channels)
+    kept = ("k_proj", "up_proj", "o_proj")
+    walker, scaling, before, after = scale(tmp_path, tmp_path / "source", kept=kept)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    prefix = walker.structure.block_prefix(1)
+    changed = {name.removeprefix(f"{prefix}.") for name in scaling.tensors}
+    assert "self_attn.k_proj.weight" in changed and "mlp.up_proj.weight" in changed
+    assert "self_attn.o_proj.weight" not in changed  # nothing that is quantized reads v
+    for name, stored in scaling.tensors.items():
+        ratio = stored.double() / walker.source.read(walker.structure.disk_name(name)).double()
+        assert torch.equal(ratio.log2().round(), ratio.log2())
+
+
+def test_biases_of_scaled_rows_are_scaled_with_them(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", CONFIGS["qwen2"](), dtype=torch.bfloat16)
+    walker, scaling, before, after = scale(tmp_path, tmp_path / "source")
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    name = f"{walker.structure.block_prefix(1)}.self_attn.v_proj"
+    rows = scaling.linears["self_attn.v_proj"].rows
+    assert rows is not None and bool((rows != 1).any())
+    bias = walker.source.read(walker.structure.disk_name(f"{name}.bias")).double()
+    stored = scaling.tensors[f"{name}.bias"].double()
+    torch.testing.assert_close(stored * rows.double(), bias, rtol=1e-6, atol=0)
+    assert f"{walker.structure.block_prefix(1)}.self_attn.q_proj.bias" not in scaling.tensors
+
+
+def test_a_layer_norm_is_folded_with_its_bias(tmp_path: Path) -> None:
+    from transformers import StableLmConfig
+
+    config = StableLmConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        use_parallel_residual=False,
+    )
+    build_model(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    walker, scaling, before, after = scale(tmp_path, tmp_path / "source")
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    norm = f"{walker.structure.block_prefix(1)}.input_layernorm"
+    assert {f"{norm}.weight", f"{norm}.bias"} <= set(scaling.tensors)
+
+
+def test_scales_fold_and_unfold() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 7, generator=generator)
+    inputs = torch.randn(30, 7, generator=generator)
+    scales = LinearScales(torch.rand(5, generator=generator) + 1, torch.rand(7) + 1)
+    scaled = scales.fold(weight)
+    torch.testing.assert_close(scales.unfold(scaled), weight)
+    assert scales.columns is not None and scales.rows is not None
+    torch.testing.assert_close(
+        (inputs / scales.columns) @ scaled.T * scales.rows, inputs @ weight.T, rtol=1e-4, atol=1e-4
+    )
+    moments = (inputs / scales.columns).T @ (inputs / scales.columns)
+    torch.testing.assert_close(scales.hessian(inputs.T @ inputs), moments, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_a_recipe_of_two_stages_goes_down_the_road_and_helps(tmp_path: Path, solver: str) -> None:
+    source, text = write_job(tmp_path), write_text(tmp_path)
+    rewrite_tensors(source, outlying_channels)
+    stage = {"solver": solver, "scheme": {"bits": 3, "group_size": 32}}
+    recipe = small_recipe(text, stages=[{"kind": "awq", "num_scales": 8}, stage])
+    result = quantize(source, recipe, tmp_path / "scaled")
+    report = result.report
+    assert result.published and len(report.layers) == 21 and len(report.scales) == 12
+    assert report.coverage.num_folds > 6 and "mlp.gate_proj" in report.coverage.declined_folds
+    fates = {entry.name: str(entry.fate) for entry in report.ledger.entries}
+    assert fates["model.layers.0.input_layernorm.weight"] == "scaled"
+    assert fates["model.norm.weight"] == "copied"
+    assert report.round_trip.num_tensors == len(report.ledger.entries)
+    ours = sum(layer.output_error or 0.0 for layer in report.layers)
+    assert 0 < ours < 0.8 * sum(layer.plain_output_error or 0.0 for layer in report.layers)
+    norms = [open_checkpoint(path).read("model.layers.1.input_layernorm.weight") for path in
+             (source, result.path)]  # fmt: skip
+    assert norms[0].dtype == norms[1].dtype and not torch.equal(norms[0], norms[1])
+    assert all(layer.output_error and layer.num_tokens == 384 for layer in report.layers)
+
+
+def test_a_broken_fold_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmopt import scaling
+    from llmopt.errors import NumericalError
+
+    write_checkpoint(tmp_path / "source", CONFIGS["llama"]())
+
+    def forget(self: object, path: str, key: str, value: Tensor) -> None:
+        """Folds into the readers and not into what produces."""
+
+    monkeypatch.setattr(scaling._Folder, "_store", forget)
+    with pytest.raises(NumericalError, match=r"model\.layers\.1 computes something else"):
+        scale(tmp_path, tmp_path / "source")
