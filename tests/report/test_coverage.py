@@ -2,8 +2,8 @@
 
 import pytest
 
-from llmopt.report.schema import LayerRecord, SchemeRecord
-from llmopt.reporting import _coverage
+from llmopt.report.schema import DeclinedFold, LayerRecord, ScaleRecord, SchemeRecord
+from llmopt.reporting import BlockRecords, _coverage
 
 
 @pytest.mark.parametrize(
@@ -25,4 +25,25 @@ def test_tokens_of_a_solver_without_text_are_unknown(
         )
         for index, number in enumerate(tokens)
     ]
-    assert _coverage(layers).min_tokens_per_layer == least
+    assert _coverage(BlockRecords(tuple(layers))).min_tokens_per_layer == least
+
+
+def test_folds_are_counted_and_what_could_not_be_folded_is_told_once() -> None:
+    scale = ScaleRecord(
+        block=0,
+        producer="norm",
+        readers=("up",),
+        alpha=0.5,
+        duo=False,
+        error_ratio=0.7,
+        smallest=0.5,
+        largest=2.0,
+    )
+    left_alone = scale.model_copy(update={"alpha": 0.0, "error_ratio": 1.0})
+    declined = tuple(
+        DeclinedFold(block=block, producer="gate", reason=reason)
+        for block, reason in enumerate(["not linear", "not linear", "no reader"])
+    )
+    coverage = _coverage(BlockRecords((), (scale, left_alone), declined))
+    assert coverage.num_folds == 1
+    assert coverage.declined_folds == {"gate": "not linear; no reader"}

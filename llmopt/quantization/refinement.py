@@ -1,0 +1,85 @@
+"""Group scales fitted to the Hessian once the codes are fixed.
+
+With centred codes ``Z`` a row's output error is quadratic in its group scales ``s``:
+``(s - s*)^T A (s - s*)`` plus a constant, ``A_gh = z_g H_gh z_h^T``. The least squares solution
+``s*`` is then rounded to the element type one scale after the other, each taking up what rounding
+those before it left (Babai's nearest plane, as GPTQ does for columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmopt.quantization.quantized_tensor import QuantizedTensor
+
+_ELEMENTS = 1 << 24  # of the largest intermediate: rows are taken in chunks
+_RIDGE = 1e-6  # of each diagonal element: codes that only differ by sign are linearly dependent
+
+
+def refine_scales(tensor: QuantizedTensor, weight: Tensor, hessian: Tensor) -> QuantizedTensor:
+    """Lower ``tr((W-Q) H (W-Q)^T)`` by other group scales, row by row; the codes stay.
+
+    Args:
+        tensor: the quantized weight.
+        weight: ``(out, in)``, what it stands for.
+        hessian: ``(in, in) float32``, any multiple of ``sum x x^T``.
+
+    Returns:
+        The same codes with scales of the same element type. A row that would not gain, or whose
+        scales would not all stay positive, keeps its own.
+    """
+    rows, columns = tensor.shape
+    chunk = max(1, _ELEMENTS // columns)
+    found = [
+        _refine_rows(tensor, weight, hessian, slice(start, start + chunk))
+        for start in range(0, rows, chunk)
+    ]
+    return replace(tensor, scales=torch.cat(found))
+
+
+def _refine_rows(tensor: QuantizedTensor, weight: Tensor, hessian: Tensor, rows: slice) -> Tensor:
+    """Scales of some rows, ``(rows, groups)``."""
+    groups = tensor.column_groups()
+    stored = tensor.scales[rows]
+    centred = tensor.codes[rows].float()
+    if tensor.zero_points is None:
+        centred -= tensor.scheme.midpoint
+    else:
+        centred -= tensor.zero_points[rows].float()[:, groups]
+    normal = centred.new_empty(len(stored), stored.shape[1], stored.shape[1])
+    for group in range(stored.shape[1]):
+        members = (groups == group).nonzero().squeeze(1)
+        product = centred[:, members] @ hessian[members]  # (rows, in)
+        normal[:, group] = _sum_by_group(product * centred, groups, stored.shape[1])
+    before = stored.float()
+    rest = weight[rows].float() - centred * before[:, groups]
+    # Of the change alone: the difference from good scales is small, and keeps its bits.
+    right = _sum_by_group((rest @ hessian) * centred, groups, stored.shape[1])
+    return _round(before, normal, right, stored)
+
+
+def _sum_by_group(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    return values.new_zeros(len(values), num_groups).index_add_(1, groups, values)
+
+
+def _round(before: Tensor, normal: Tensor, right: Tensor, stored: Tensor) -> Tensor:
+    """``before + A^-1 right``, rounded to the element type of ``stored (rows, groups)``."""
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    damped = normal.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(torch.where(diagonal > 0, _RIDGE * diagonal, 1.0))
+    factor, failures = torch.linalg.cholesky_ex(damped)
+    wanted = before + torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
+    found = torch.empty_like(stored)
+    off = torch.zeros_like(before)  # how far each scale ended from the wanted one
+    for group in reversed(range(before.shape[1])):
+        below = factor[:, group + 1 :, group]
+        pull = (below * off[:, group + 1 :]).sum(dim=1) / factor[:, group, group]
+        found[:, group] = (wanted[:, group] - pull).to(stored.dtype)
+        off[:, group] = found[:, group].float() - wanted[:, group]
+    change = found.float() - before
+    gain = 2 * (right * change).sum(dim=1) - torch.einsum("rg,rgh,rh->r", change, normal, change)
+    sound = (failures == 0) & found.isfinite().all(dim=1) & (found > 0).all(dim=1)
+    return torch.where((sound & (gain > 0)).unsqueeze(1), found, stored)
