@@ -110,6 +110,9 @@ class QuantizeStage(_Section):
     scheme: SchemeSection = SchemeSection()
     clip: Clip = "none"
     damping: float = Field(default=0.01, gt=0, le=1, description="of the Hessian's mean diagonal")
+    refine_scales: bool = Field(
+        default=False, description="fit the group scales to the inputs once the codes are known"
+    )
     static_groups: bool = Field(
         default=True, description="all scales fixed before the first column"
     )
@@ -129,7 +132,7 @@ class QuantizeStage(_Section):
     @property
     def sees_text(self) -> bool:
         """Whether it goes by statistics of the calibration text."""
-        return self.solver == "gptq" or self.clip == "activation"
+        return self.solver == "gptq" or self.clip == "activation" or self.refine_scales
 
     @field_validator("ignore")
     @classmethod
@@ -286,7 +289,7 @@ class Recipe(_Section):
     def is_plain_rounding(self) -> bool:
         """Whether it is what calibrated recipes are measured against."""
         stage = self.quantize
-        return self.awq is None and stage.solver == "rtn" and stage.clip == "none"
+        return not self.calibrates and stage.solver == "rtn" and stage.clip == "none"
 
     def sha256(self) -> str:
         """Content hash of the recipe as it was understood, defaults included."""

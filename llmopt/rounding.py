@@ -14,6 +14,7 @@ from llmopt.checkpoint.structure import ModelStructure
 from llmopt.checkpoint.tensor_source import TensorSource
 from llmopt.errors import NumericalError
 from llmopt.quantization.output_error import relative_output_error, sampled_rows
+from llmopt.quantization.refinement import refine_scales
 from llmopt.quantization.rtn import rtn
 from llmopt.quantization.scheme import Scheme
 from llmopt.recipe import QuantizeStage
@@ -144,6 +145,8 @@ def _round(
             scale_dtype=weight.dtype,
             hessian=scales.hessian(hessian) if stage.clip == "activation" else None,
         )
+        if stage.refine_scales:
+            tensor = refine_scales(tensor, scaled, scales.hessian(hessian))
     except NumericalError as error:
         raise NumericalError(f"{module}: {error.what}", error.remedy) from error
     rows = sampled_rows(weight)

@@ -115,7 +115,12 @@ def _solve(
     module: str,
     block: int,
 ) -> SolvedLinear:
-    options = GPTQOptions(damping=stage.damping, static_groups=stage.static_groups, clip=stage.clip)
+    options = GPTQOptions(
+        damping=stage.damping,
+        static_groups=stage.static_groups,
+        clip=stage.clip,
+        refine_scales=stage.refine_scales,
+    )
     try:
         result = gptq(weight, statistics.hessian, scheme, options, scale_dtype)
     except NumericalError as error:

@@ -23,6 +23,7 @@ from llmopt.quantization.hessian import (
 )
 from llmopt.quantization.output_error import relative_output_error, sampled_rows, take_rows
 from llmopt.quantization.quantized_tensor import QuantizedTensor
+from llmopt.quantization.refinement import refine_scales
 from llmopt.quantization.rtn import check_matrix, rtn
 from llmopt.quantization.scheme import Scheme
 from llmopt_kernels.gptq_columns import columns_per_call, gptq_columns
@@ -39,11 +40,14 @@ class GPTQOptions:
         static_groups: scales of all groups from the unmodified weight; otherwise from the weight
             as updated when the group's first column is reached.
         clip: see :func:`llmopt.quantization.grid.make_grid`.
+        refine_scales: fit the group scales once more when all codes are known
+            (:mod:`llmopt.quantization.refinement`).
     """
 
     damping: float = 0.01
     static_groups: bool = True
     clip: Clip = "none"
+    refine_scales: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ def gptq(
     solver = _Solver(weight, hessian, order, scheme, options, scale_dtype)
     solver.solve(factor.feedback)
     tensor = solver.result()
+    if options.refine_scales:
+        tensor = refine_scales(tensor, weight, hessian)
     error, rtn_error = _errors(weight, hessian, tensor, options.clip)
     return GPTQResult(
         tensor=tensor,

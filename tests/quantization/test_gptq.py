@@ -135,6 +135,18 @@ def test_without_correlation_it_is_plain_rounding(symmetric, clip, static, dtype
     assert found.digest() == plain.digest()
 
 
+@pytest.mark.parametrize("order", ["none", "weight", "group"])
+def test_refined_scales_lower_the_error_of_the_same_codes(order):
+    weight, hessian = problem(24, 96, seed=1)
+    scheme = Scheme(3, 32, True, order)
+    before, after = (
+        gptq(weight, hessian, scheme, GPTQOptions(refine_scales=refine), torch.bfloat16)
+        for refine in (False, True)
+    )
+    assert after.error < 0.99 * before.error and after.rtn_error == before.rtn_error
+    assert torch.equal(after.tensor.codes, before.tensor.codes)
+
+
 @pytest.mark.parametrize("order", ["none", "group"])
 @pytest.mark.parametrize("static", [True, False])
 def test_clipping_by_activation_sees_the_columns_of_its_own_group(order, static):
