@@ -18,6 +18,8 @@ import torch
 import llmopt.calibration.statistics
 import llmopt.calibration.walker
 import llmopt.compressing
+import llmopt.rounding
+import llmopt.scaling
 import llmopt.solving
 from llmopt.bench.stopwatch import Stopwatch
 from llmopt.compressing import write_parts
@@ -33,9 +35,13 @@ PHASES: tuple[tuple[object, str, str], ...] = (
     (llmopt.calibration.walker.BlockWalker, "start", "calibration forwards"),
     (llmopt.compressing, "advance", "calibration forwards"),
     (llmopt.solving, "collect", "calibration forwards"),
+    (llmopt.rounding, "collect", "calibration forwards"),
+    (llmopt.scaling, "collect", "calibration forwards"),
     (llmopt.calibration.statistics.InputStatistics, "update", "Hessians"),
     (llmopt.compressing, "solve_block", "solve"),
     (llmopt.compressing, "round_block", "solve"),
+    (llmopt.compressing, "round_seen_block", "solve"),
+    (llmopt.compressing, "scale_block", "solve"),
     (llmopt.compressing, "_write_part", "pack and write"),
 )
 
@@ -68,7 +74,7 @@ def adapted(recipe: Recipe, request: dict[str, Any]) -> Recipe:
     size = {"num_samples": len(rows), "sequence_length": len(rows[0])}
     return recipe.model_copy(
         update={
-            "stages": (stage.model_copy(update={"scheme": scheme}),),
+            "stages": (*recipe.stages[:-1], stage.model_copy(update={"scheme": scheme})),
             "calibration": recipe.calibration.model_copy(update=size),
         }
     )
