@@ -25,7 +25,7 @@ def test_tokens_of_a_solver_without_text_are_unknown(
         )
         for index, number in enumerate(tokens)
     ]
-    assert _coverage(BlockRecords(tuple(layers))).min_tokens_per_layer == least
+    assert _coverage(BlockRecords(tuple(layers)), set()).min_tokens_per_layer == least
 
 
 def test_folds_are_counted_and_what_could_not_be_folded_is_told_once() -> None:
@@ -44,6 +44,6 @@ def test_folds_are_counted_and_what_could_not_be_folded_is_told_once() -> None:
         DeclinedFold(block=block, producer="gate", reason=reason)
         for block, reason in enumerate(["not linear", "not linear", "no reader"])
     )
-    coverage = _coverage(BlockRecords((), (scale, left_alone), declined))
+    coverage = _coverage(BlockRecords((), (scale, left_alone), declined), set())
     assert coverage.num_folds == 1
     assert coverage.declined_folds == {"gate": "not linear; no reader"}
