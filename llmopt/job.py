@@ -95,8 +95,18 @@ def prepare(
     resume: bool,
     device: str,
     progress: Progress,
+    texts: Texts | None = None,
 ) -> Job:
     """Open, read, check and plan; every bad input that can be told by now is.
+
+    Args:
+        source: folder of the checkpoint.
+        recipe: a recipe, its name, or its YAML file.
+        output: folder that the run will publish.
+        resume: whether an interrupted run for it may be there.
+        device: where blocks compute.
+        progress: told of the source's hashing.
+        texts: in place of the recipe's, for a run whose output is judged elsewhere.
 
     Raises:
         LlmoptError: with what is wrong and what to do.
@@ -110,9 +120,10 @@ def prepare(
     contract = draw_contract(reader, structure, recipe)
     contract.enforce()
     tokenizer = load_tokenizer(source)
-    texts = prepare_texts(recipe, tokenizer.tokenizer, context_length=structure.context_length)
     bits = _width_of_margins(structure, contract)
-    check_gate(recipe.gate, bits, texts.evaluation.text)
+    if texts is None:
+        texts = prepare_texts(recipe, tokenizer.tokenizer, context_length=structure.context_length)
+        check_gate(recipe.gate, bits, texts.evaluation.text)
     walker = calibration_walker(structure, reader, device)
     job = Job(
         reader=reader,

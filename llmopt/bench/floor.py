@@ -115,25 +115,25 @@ def memory_bound_bytes(structure: ModelStructure, num_tokens: int) -> int:
     return largest + 2 * 2 * num_tokens * structure.hidden_size
 
 
-def measure_matrix_rate(threads: int) -> MatrixRate:
-    """Time products of two matrices of 2048 x 2048 in both element types."""
+def measure_matrix_rate(threads: int, size: int = _SIZE) -> MatrixRate:
+    """Time products of two matrices of ``size x size`` in both element types."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return MatrixRate(_rate(torch.float32), _rate(torch.bfloat16), threads)
+        return MatrixRate(_rate(torch.float32, size), _rate(torch.bfloat16, size), threads)
     finally:
         torch.set_num_threads(before)
 
 
-def _rate(dtype: torch.dtype) -> float:
-    left, right = torch.ones(2, _SIZE, _SIZE, dtype=dtype)
+def _rate(dtype: torch.dtype, size: int) -> float:
+    left, right = torch.ones(2, size, size, dtype=dtype)
     out = left @ right  # the first one pays for the pages and the kernel's packing
     seconds = []
     for _ in range(_REPEATS):
         started = time.perf_counter()
         torch.mm(left, right, out=out)
         seconds.append(time.perf_counter() - started)
-    return float(2 * _SIZE**3 / statistics.median(seconds))
+    return float(2 * size**3 / statistics.median(seconds))
 
 
 def _attention_width(structure: ModelStructure) -> int:

@@ -5,9 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from support.small_jobs import write_job
 
-from llmopt.bench.floor import Floor, MatrixRate, Work, count_work, memory_bound_bytes
+from llmopt.bench.floor import (
+    Floor,
+    MatrixRate,
+    Work,
+    count_work,
+    measure_matrix_rate,
+    memory_bound_bytes,
+)
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.structure import ModelStructure, read_structure
 
@@ -58,3 +66,10 @@ def test_each_floor_divides_its_work_by_its_rate() -> None:
     assert floor.float32_s == 10.0
     assert floor.mixed_s == 4.0
     assert floor.bfloat16_s == 2.5
+
+
+def test_the_rate_is_measured_with_the_threads_asked_for_and_leaves_torch_as_it_was() -> None:
+    before = torch.get_num_threads()
+    rate = measure_matrix_rate(threads=1, size=96)
+    assert rate.threads == 1 and torch.get_num_threads() == before
+    assert 1e6 < rate.float32 < 1e15 and 1e6 < rate.bfloat16 < 1e15

@@ -11,12 +11,15 @@ from bench.conftest import Made
 from typer.testing import CliRunner
 
 import llmopt.bench.quantize as bench
+from llmopt.bench.floor import MatrixRate
 from llmopt.bench.peers import Quantizer
 from llmopt.bench.quantize import BenchOptions, Entry, bench_quantize, exit_code, plan_entries
 from llmopt.bench.rows import BenchReport, Row, spread
 from llmopt.bench.table import HEADINGS, markdown_table, render_table, table_rows
 from llmopt.cli import app
 from llmopt.errors import BadInputError, ExitCode
+
+RATE = MatrixRate(1e11, 4e11, threads=1)  # measuring it takes seconds
 
 PLAYED = """
 import os, shutil
@@ -59,6 +62,7 @@ def report(played: BenchOptions) -> BenchReport:
         works, absent = played.peers
         entries = [Entry(works, "gptq"), Entry(absent, "gptq"), Entry(works, "awq")]
         patch.setattr(bench, "plan_entries", lambda _options: entries)
+        patch.setattr(bench, "measure_matrix_rate", lambda threads: RATE)
         return bench_quantize(played)
 
 
@@ -91,6 +95,7 @@ def test_each_row_is_on_disk_when_it_is_done(
     options = replace(played, output=tmp_path / "report.json")
     entries = [Entry(played.peers[1], "gptq")] * 2
     monkeypatch.setattr(bench, "plan_entries", lambda _options: entries)
+    monkeypatch.setattr(bench, "measure_matrix_rate", lambda threads: RATE)
     done: list[int] = []
 
     def interrupt(*_arguments: object) -> Row:

@@ -1,15 +1,15 @@
 """llmopt itself, measured as its peers are: in a process of its own, on the same token ids.
 
 What is timed as quantization is what the peers do in theirs: calibrate, solve, pack, write. The
-contract, the evaluation text and the source's hashes count for the wall time; the gate is left to
-the benchmark's evaluator, which judges every quantizer alike.
+contract and the source's hashes count for the wall time. No text is read, as the peers read none;
+the gate is left to the benchmark's evaluator, which judges every quantizer alike.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,14 @@ import llmopt.rounding
 import llmopt.scaling
 import llmopt.solving
 from llmopt.bench.stopwatch import Stopwatch
+from llmopt.calibration.tokens import TokenBlocks, TokenCoverage
 from llmopt.compressing import write_parts
-from llmopt.job import Job, prepare, stage_artifact
+from llmopt.job import prepare, stage_artifact
 from llmopt.pipeline import finish_directory
 from llmopt.progress import silent
 from llmopt.recipe import Recipe, load_recipe
+from llmopt.texts import EvaluationText, Texts
+from llmopt_evals.units import HeldOutText
 
 PACKAGES = ("llmopt", "transformers")
 
@@ -53,8 +56,8 @@ def quantize(request: dict[str, Any]) -> dict[str, Any]:
         stopwatch.watch(owner, attribute, phase)
     output = Path(request["output"])
     recipe = adapted(load_recipe(request["options"]["recipe"]), request)
-    job = prepare(Path(request["model"]), recipe, output, False, "cpu", silent)
-    job = with_tokens(job, torch.tensor(request["token_ids"], dtype=torch.int64))
+    texts = given_texts(recipe, torch.tensor(request["token_ids"], dtype=torch.int64))
+    job = prepare(Path(request["model"]), recipe, output, False, "cpu", silent, texts)
     with stage_artifact(job, output, resume=False) as artifact:
         started = time.monotonic()
         with stopwatch.phase("rest"):
@@ -80,11 +83,14 @@ def adapted(recipe: Recipe, request: dict[str, Any]) -> Recipe:
     )
 
 
-def with_tokens(job: Job, token_ids: torch.Tensor) -> Job:
-    """The job on calibration blocks ``(samples, length) int64`` of the benchmark's choosing."""
-    calibration = job.texts.calibration
-    if calibration is None:  # plain rounding looks at no text
-        return job
-    return replace(
-        job, texts=replace(job.texts, calibration=replace(calibration, blocks=token_ids))
-    )
+def given_texts(recipe: Recipe, token_ids: torch.Tensor) -> Texts:
+    """Calibration blocks ``(samples, length) int64`` of the benchmark's choosing, nothing else.
+
+    Plain rounding looks at no text, and gets none.
+    """
+    nothing = EvaluationText(HeldOutText((), 0, 0, 0, None), (), (), "", 0, ())
+    if recipe.quantize.solver == "rtn":
+        return Texts(None, "", nothing)
+    coverage = TokenCoverage(0, 0, 0, token_ids.numel(), 0, 0, False)
+    digest = hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()
+    return Texts(TokenBlocks(token_ids, (), coverage), digest, nothing)
