@@ -132,12 +132,13 @@ def _format_faults(
 ) -> list[str]:
     refusals = {scheme: form.refusal(scheme) for scheme in set(schemes.values())}
     faults = [f"{form.name} cannot hold {s.name}: {why}" for s, why in refusals.items() if why]
-    for name, scheme in schemes.items():
-        if why := form.shape_refusal(scheme, _shape(structure, name)):
-            faults.append(f"{form.name} cannot hold {name}: {why}")
     if why := form.mixture_refusal(set(schemes.values())):
         faults.append(f"{form.name} cannot hold these schemes together: {why}")
-    return faults
+    shapes: dict[str, str] = {}
+    for name, scheme in schemes.items():
+        if why := form.shape_refusal(scheme, _shape(structure, name)):
+            shapes.setdefault(why, name)
+    return faults + [f"{form.name} cannot hold {name}: {why}" for why, name in shapes.items()]
 
 
 def _solver_faults(stage: QuantizeStage, schemes: Mapping[str, Scheme]) -> list[str]:

@@ -52,14 +52,18 @@ def write_quantized(
     ignored: tuple[str, ...] = ("lm_head",),
     change: Callable[[QuantizedTensor], QuantizedTensor] = lambda tensor: tensor,
     dtype: torch.dtype = torch.float16,
+    endings: tuple[str, ...] = ("proj.weight",),
 ) -> dict[str, QuantizedTensor]:
-    """Write a random Llama with random codes in ``form``; the codes by module name."""
+    """Write a random Llama with random codes in ``form``; the codes by module name.
+
+    Tensors whose names have one of ``endings`` are linear layers' weights.
+    """
     write_checkpoint(folder, config or llama_config(vocab_size=512, **WIDTHS), dtype=dtype)
     write_tokenizer(folder)
     tensors, written = load_file(folder / "model.safetensors"), {}
     for name in sorted(tensors):
         module = name.removesuffix(".weight")
-        scheme = scheme_of(module) if name.endswith("proj.weight") else None
+        scheme = scheme_of(module) if name.endswith(endings) else None
         if scheme is None:
             continue
         shape = tensors.pop(name).shape
