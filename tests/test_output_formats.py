@@ -116,7 +116,9 @@ def test_experts_convert_under_their_own_names(tmp_path: Path) -> None:
         endings=("proj.weight", "w1.weight", "w2.weight", "w3.weight"),
         ignored=("lm_head", "model.layers.0.block_sparse_moe.gate"),
     )
-    convert(tmp_path / "ct", "gptq", tmp_path / "gptq", consumers=["gptqmodel"])
+    with pytest.raises(ContractError, match="mixtures of experts: nobody has tried"):
+        convert(tmp_path / "ct", "gptq", tmp_path / "gptq", consumers=["gptqmodel"])
+    convert(tmp_path / "ct", "gptq", tmp_path / "gptq", consumers=["vllm"])
     names = open_checkpoint(tmp_path / "gptq").names
     assert "model.layers.0.block_sparse_moe.experts.3.w2.qweight" in names
     assert "model.layers.0.block_sparse_moe.gate.weight" in names
