@@ -57,12 +57,16 @@ _SPILLED: dict[Kind, set[tuple[int, int, int]]] = {
 }
 
 
-def candidate_configs(kind: Kind, head_dim: int, page_size: int) -> Iterator[DecodeConfig]:
+def candidate_configs(
+    kind: Kind, head_dim: int, page_size: int, block_m: int
+) -> Iterator[DecodeConfig]:
     """What the benchmark tries."""
     for block_n, num_warps, num_stages in product((32, 64, 128), (4, 8), (2, 3, 4)):
         if block_n * _row_bytes(kind, head_dim) * (num_stages - 1) > 128 * 1024:
             continue
         if kind == "int4" and block_n > page_size:
+            continue
+        if block_m > 16 and (block_n, num_warps) == (128, 4):  # more than its registers hold
             continue
         if head_dim == 128 and (block_n, num_warps, num_stages) in _SPILLED.get(kind, ()):
             continue

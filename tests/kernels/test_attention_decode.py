@@ -338,7 +338,7 @@ def test_splits_fill_the_multiprocessors_and_are_not_too_short():
 def test_int4_tiles_lie_within_pages(page_size):
     for head_dim in HEAD_DIMS:
         shipped = shipped_config("int4", head_dim, page_size, 16)
-        candidates = list(candidate_configs("int4", head_dim, page_size))
+        candidates = list(candidate_configs("int4", head_dim, page_size, 16))
         assert all(c.block_n <= page_size for c in [shipped, *candidates])
 
 

@@ -98,11 +98,11 @@ def _candidates() -> Iterator[Case]:
     """What ``--tune`` tries: any of it may ship."""
     seen = set()
     for tuned in CASES["real"]:
-        kind = tuned.kind
+        kind, shape = tuned.kind, (tuned.head_dim, tuned.page_size, tuned.block_m)
         options = {"num_queries": tuned.num_queries, "tree": tuned.num_queries > 1}
         if tuned.window is not None:
             options["window"] = tuned.window
-        for config in candidate_configs(kind, tuned.head_dim, tuned.page_size):
+        for config in candidate_configs(kind, *shape):
             title = (
                 f"attention_decode {kind} {tuned.head_dim} pages of {tuned.page_size}"
                 f"{f' tree of {tuned.num_queries}' * options['tree']}"

@@ -124,7 +124,7 @@ def benchmarks(scale: Scale) -> Iterator[Benchmark]:
             part=_rows,
             peers=_peers(case),
             tunable=Tunable(
-                list(candidate_configs(case.kind, case.head_dim, case.page_size)),
+                list(candidate_configs(case.kind, case.head_dim, case.page_size, case.block_m)),
                 shipped_config(case.kind, case.head_dim, case.page_size, case.block_m),
                 _with_config,
             ),
