@@ -219,7 +219,7 @@ def check_consumer(
         )
         kernel_faults.update(dict.fromkeys(faults))
     mixture = support.mixture_refusal(schemes.values())
-    variant = support.checkpoint_format_refusal(form.checkpoint_format)
+    variant = support.checkpoint_format_refusal(form.checkpoint_format, schemes.values())
     kept = support.kept_refusal([name for name in assigned if name not in schemes])
     checks = [
         _check("format", [variant] if variant else [], "opens it"),

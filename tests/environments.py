@@ -6,17 +6,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmopt.bench.environments import BuildError, build, frozen_environment
+from llmopt.bench.environments import BuildError, Environment, build, frozen_environment
+from llmopt.bench.peers import REQUIREMENTS
 
-REQUIREMENTS_FOLDER = Path(__file__).parent / "interop" / "requirements"
 INTEROP_ENVIRONMENTS = ("transformers", "vllm", "gptqmodel", "archived")
+
+
+def consumer_environment(name: str) -> Environment:
+    """The environment of a consumer; one that is a peer of the benchmark too has the peer's."""
+    own = Path(__file__).parent / "interop" / "requirements"
+    return frozen_environment(name, own if (own / f"{name}.txt").is_file() else REQUIREMENTS)
 
 
 def main(names: Sequence[str]) -> int:
     """Build the named consumers' environments; one that cannot be had is told, not fatal."""
     for name in names or INTEROP_ENVIRONMENTS:
         try:
-            print(f"{name}: {build(frozen_environment(name, REQUIREMENTS_FOLDER))}", flush=True)
+            print(f"{name}: {build(consumer_environment(name))}", flush=True)
         except (BuildError, OSError) as error:
             print(f"{name}: environment could not be built: {error}", flush=True)
     return 0

@@ -28,6 +28,7 @@ _Refused = Literal[
     "out_multiple",
     "mixed_schemes",
     "checkpoint_format",
+    "asymmetric_checkpoint_formats",
     "kept_layers",
     "experts",
 ]
@@ -49,6 +50,7 @@ class FormatSupport(_Section):
     mixed_schemes: bool
     fuses_shared_inputs: bool
     checkpoint_formats: tuple[str, ...] | None = None
+    asymmetric_checkpoint_formats: tuple[str, ...] | None = None
     kept_layers: bool = True
     experts: ExpertSupport | None = None
     reasons: dict[_Refused, str]
@@ -121,11 +123,23 @@ class FormatSupport(_Section):
             return [f"mixtures of experts: {why}"]
         return self.experts.refusals(blocks, others)
 
-    def checkpoint_format_refusal(self, checkpoint_format: str | None) -> str | None:
-        """Why it would not open this variant of the format, or ``None``."""
-        if self.checkpoint_formats is None or checkpoint_format in (None, *self.checkpoint_formats):
+    def checkpoint_format_refusal(
+        self, checkpoint_format: str | None, schemes: Collection[Scheme] = ()
+    ) -> str | None:
+        """Why it would not open this variant of the format with ``schemes``, or ``None``."""
+        if checkpoint_format is None:
             return None
-        return f"checkpoint_format {checkpoint_format}: {self.reasons['checkpoint_format']}"
+        told = f"checkpoint_format {checkpoint_format}"
+        opened, asymmetric = self.checkpoint_formats, self.asymmetric_checkpoint_formats
+        if opened is not None and checkpoint_format not in opened:
+            return f"{told}: {self.reasons['checkpoint_format']}"
+        if (
+            asymmetric is not None
+            and checkpoint_format not in asymmetric
+            and not all(scheme.symmetric for scheme in schemes)
+        ):
+            return f"asymmetric, {told}: {self.reasons['asymmetric_checkpoint_formats']}"
+        return None
 
     def _scheme_refusals(self, scheme: Scheme, dtype: torch.dtype) -> list[str]:
         reasons = self.reasons

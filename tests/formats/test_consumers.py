@@ -118,6 +118,14 @@ def test_a_variant_that_a_consumer_does_not_read_is_refused():
     assert TABLE["vllm"].checkpoint_format_refusal(None) is None
 
 
+def test_a_variant_may_be_refused_for_asymmetric_schemes_alone():
+    support = CONSUMERS["gptqmodel"].formats["gptq"]
+    asymmetric = dataclasses.replace(W4, symmetric=False)
+    assert support.checkpoint_format_refusal("gptq", [W4]) is None
+    assert "gptq_v2" in (support.checkpoint_format_refusal("gptq", [W4, asymmetric]) or "")
+    assert support.checkpoint_format_refusal("gptq_v2", [W4, asymmetric]) is None
+
+
 def test_a_consumer_cannot_open_and_lack_a_format():
     data = CONSUMERS["autoawq"].model_dump()
     with pytest.raises(ValueError, match="opens and lacks awq"):

@@ -9,17 +9,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from environments import REQUIREMENTS_FOLDER
+from environments import consumer_environment
 from interop.protocol import DOORS, Consumer
 
-from llmopt.bench.environments import BuildError, build, clean_variables, frozen_environment
+from llmopt.bench.environments import BuildError, build, clean_variables
 
 
 @cache
 def find_python(environment: str) -> Path | str:
     """The interpreter of a consumer's environment, or why it could not be built."""
     try:
-        return build(frozen_environment(environment, REQUIREMENTS_FOLDER))
+        return build(consumer_environment(environment))
     except (BuildError, OSError) as error:
         return f"the environment {environment} could not be built: {error}"
 
