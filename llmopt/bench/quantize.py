@@ -106,7 +106,7 @@ def bench_quantize(options: BenchOptions, progress: Progress = silent) -> BenchR
     check_output_file(options.output)
     entries = plan_entries(options)
     blocks = held_out_blocks(options.model, options.held_out_tokens)
-    tokens = calibration_tokens(options)
+    tokens = calibration_tokens(options.model, options.num_samples, options.length)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="llmopt-bench-") as scratch:
         evaluator = Evaluator(options.model, blocks, Path(scratch))
@@ -155,19 +155,19 @@ def plan_entries(options: BenchOptions) -> list[Entry]:
     return entries
 
 
-def calibration_tokens(options: BenchOptions) -> torch.Tensor:
-    """``(samples, length) int64`` of the built-in text, as llmopt itself would cut them.
+def calibration_tokens(model: Path, num_samples: int, length: int) -> torch.Tensor:
+    """``(num_samples, length) int64`` of the built-in text, as llmopt itself would cut them.
 
     Raises:
         BadInputError: too little text for so many blocks.
     """
-    tokenizer = load_tokenizer(options.model).tokenizer
+    tokenizer = load_tokenizer(model).tokenizer
     documents = read_documents("builtin", split="calibration", tokenizer=tokenizer)
     return cut_blocks(
         documents,
         tokenizer,
-        num_samples=options.num_samples,
-        sequence_length=options.length,
+        num_samples=num_samples,
+        sequence_length=length,
         seed=0,
     ).blocks
 

@@ -45,11 +45,7 @@ def quantize(
     check_output_file(destination)
     peers = tuple(find_peers(peer or []))
     methods = tuple(check_method(name) for name in method or ["gptq"])
-    if model is None:
-        from llmopt.bench.model import bench_model
-
-        errors.print("the benchmark's model is trained on its first use, a quarter of an hour")
-        model = bench_model()
+    model = model or _own_model()
     options = BenchOptions(
         model=model,
         output=destination,
@@ -69,6 +65,38 @@ def quantize(
     else:
         output.print(render_table(report))
     raise typer.Exit(int(exit_code(report)))
+
+
+@app.command()
+def ablate(
+    destination: Annotated[Path, typer.Option("--output", "-o", help="Markdown file to write.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a checkpoint. [default: the benchmark's own]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration blocks.")] = 128,
+    length: Annotated[int, typer.Option(min=16, help="Tokens of each.")] = 512,
+    held_out: Annotated[int, typer.Option(min=512, help="Tokens to measure on.")] = 65_536,
+) -> None:
+    """Change one choice of the int4-gptq recipe at a time, and measure what it is worth."""
+    from llmopt.bench.ablation import ablate as run
+    from llmopt.bench.ablation import markdown_table
+    from llmopt.bench.quantize import calibration_tokens, check_output_file
+
+    check_output_file(destination)
+    model = model or _own_model()
+    tokens = calibration_tokens(model, samples, length)
+    with progress_bars() as progress:
+        rows = run(model, tokens, held_out_tokens=held_out, progress=progress)
+    table = markdown_table(rows)
+    destination.write_text(table, encoding="utf-8")
+    output.print(table, markup=False, highlight=False, soft_wrap=True)
+
+
+def _own_model() -> Path:
+    from llmopt.bench.model import bench_model
+
+    errors.print("the benchmark's model is trained on its first use, a quarter of an hour")
+    return bench_model()
 
 
 @app.command()
