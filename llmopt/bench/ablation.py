@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llmopt.bench.evaluating import Evaluator, Quality, held_out_blocks
-from llmopt.bench.runners.run_llmopt import with_tokens
+from llmopt.bench.runners.run_llmopt import given_texts
 from llmopt.compressing import write_parts
 from llmopt.job import Job, prepare, stage_artifact
 from llmopt.pipeline import finish_directory
@@ -147,7 +147,8 @@ def _quantize(
     model: Path, recipe: Recipe, tokens: torch.Tensor, output: Path
 ) -> tuple[float, float]:
     """Seconds it took, and bits a quantized weight on disk."""
-    job = with_tokens(prepare(model, recipe, output, False, "cpu", silent), tokens)
+    texts = given_texts(recipe, tokens)
+    job = prepare(model, recipe, output, False, "cpu", silent, texts)
     with stage_artifact(job, output, resume=False) as artifact:
         started = time.monotonic()
         write_parts(job, artifact, silent)

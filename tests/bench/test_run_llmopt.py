@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from bench.conftest import Made
 
-from llmopt.bench.runners.run_llmopt import PHASES, adapted
+from llmopt.bench.runners.run_llmopt import PHASES, adapted, given_texts
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.formats.dequantized import DequantizedSource
 from llmopt.recipe import load_recipe
@@ -31,3 +33,13 @@ def test_a_recipe_takes_the_benchmarks_scheme_and_size() -> None:
     assert (scheme.bits, scheme.group_size, scheme.symmetric) == (4, 64, False)
     assert scheme.activation_order == load_recipe("int4-gptq").quantize.scheme.activation_order
     assert (recipe.calibration.num_samples, recipe.calibration.sequence_length) == (3, 40)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "calibrates"), [("int4-rtn", False), ("int4-gptq", True), ("int4-awq", True)]
+)
+def test_what_goes_by_text_gets_the_benchmarks_tokens(recipe: str, calibrates: bool) -> None:
+    tokens = torch.arange(6).view(2, 3)
+    calibration = given_texts(load_recipe(recipe), tokens).calibration
+    assert (calibration is not None) == calibrates
+    assert calibration is None or torch.equal(calibration.blocks, tokens)

@@ -89,7 +89,7 @@ def given_texts(recipe: Recipe, token_ids: torch.Tensor) -> Texts:
     Plain rounding looks at no text, and gets none.
     """
     nothing = EvaluationText(HeldOutText((), 0, 0, 0, None), (), (), "", 0, ())
-    if recipe.quantize.solver == "rtn":
+    if not recipe.calibrates:
         return Texts(None, "", nothing)
     coverage = TokenCoverage(0, 0, 0, token_ids.numel(), 0, 0, False)
     digest = hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()
