@@ -170,7 +170,7 @@ def test_zero_points_of_zero_go_to_v2_only(tmp_path):
 
 
 def test_mixed_schemes_and_kept_layers_are_told(tmp_path):
-    kinds = {"down_proj": Scheme(4, None), "o_proj": None}
+    kinds = {"down_proj": Scheme(8, None), "o_proj": None}
     write_quantized(
         tmp_path / "source",
         FORMATS["compressed-tensors"],
@@ -182,7 +182,7 @@ def test_mixed_schemes_and_kept_layers_are_told(tmp_path):
     convert(tmp_path / "source", "gptq", tmp_path / "gptq", consumers=["gptqmodel"])
     written = DequantizedSource(open_checkpoint(tmp_path / "gptq"))
     found = {m.rpartition(".")[2]: written.scheme_of(m) for m in written.quantized_modules}
-    assert found.pop("down_proj") == Scheme(4, None) and set(found.values()) == {W4}
+    assert found.pop("down_proj") == Scheme(8, None) and set(found.values()) == {W4}
     assert "o_proj" not in found
     with pytest.raises(ContractError, match="auto-gptq .*no rules|no rules for single layers"):
         convert(tmp_path / "source", "gptq", tmp_path / "old", consumers=["auto-gptq"])
