@@ -27,7 +27,17 @@ HEADINGS = (
     "KL",
     "top-1",
 )
-NARROW = ("quantizer", "method", "quantize s", "of floor", "CPU s", "beyond own MiB", "KL", "top-1")
+NARROW = (
+    "quantizer",
+    "method",
+    "quantize s",
+    "of floor",
+    "CPU s",
+    "beyond own MiB",
+    "of bound",
+    "KL",
+    "top-1",
+)
 
 
 def render_table(report: BenchReport) -> RenderableType:
