@@ -35,7 +35,7 @@ class Request:
         token_ids: calibration blocks, ``(samples, length)``.
         method: ``rtn``, ``gptq`` or ``awq``.
         bits: of a weight.
-        group_size: input columns that share a scale.
+        group_size: input columns that share a scale; none is one scale a row.
         symmetric: whether no zero points are stored.
         threads: of torch and its libraries.
         options: what only this quantizer knows, such as llmopt's recipe.
@@ -46,7 +46,7 @@ class Request:
     token_ids: list[list[int]]
     method: str
     bits: int
-    group_size: int
+    group_size: int | None
     symmetric: bool
     threads: int
     options: dict[str, str] = field(default_factory=dict)

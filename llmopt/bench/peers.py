@@ -24,7 +24,7 @@ class Quantizer:
     Attributes:
         name: as the command line and the rows call it.
         module: its file in ``runners``.
-        methods: what it can do, and whether symmetrically (what its users get by default).
+        methods: what it can do, and whether a peer does it symmetrically (its users' default).
         environment: name of its file in ``requirements``; none means the running interpreter.
         variables: environment variables that it needs; ``{threads}`` is filled in.
         recipes: llmopt's recipe for each method.

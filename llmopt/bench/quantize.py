@@ -33,10 +33,11 @@ from llmopt.checkpoint.durable import storage_errors
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.errors import BadInputError, ExitCode, LlmoptError
 from llmopt.progress import Progress, silent
-from llmopt.recipe import load_recipe
+from llmopt.quantization.scheme import IntBits, Scheme
+from llmopt.recipe import Recipe, load_recipe
 from llmopt_evals.errors import EvaluationError
 
-BITS = 4
+BITS: IntBits = 4
 GROUP_SIZE = 128
 OUTPUT = "output"
 
@@ -86,6 +87,13 @@ class Entry:
         default = self.quantizer.recipes.get(self.method)
         special = self.recipe is not None and self.recipe != default
         return f"{self.quantizer.name} {self.recipe}" if special else self.quantizer.name
+
+    @property
+    def scheme(self) -> Scheme:
+        """That of llmopt's recipe; of a peer, groups of 128 as its users get them by default."""
+        if self.recipe is not None:
+            return load_recipe(self.recipe).quantize.scheme.scheme()
+        return Scheme(BITS, GROUP_SIZE, self.quantizer.methods[self.method])
 
 
 def exit_code(report: BenchReport) -> ExitCode:
@@ -147,12 +155,19 @@ def plan_entries(options: BenchOptions) -> list[Entry]:
     entries: list[Entry] = []
     for method in dict.fromkeys(("rtn", *options.methods)):
         recipes = [LLMOPT.recipes[method]]
-        recipes += [name for name in options.recipes if load_recipe(name).quantize.solver == method]
+        recipes += [name for name in options.recipes if method_of(load_recipe(name)) == method]
         for recipe in dict.fromkeys(recipes):
             load_recipe(recipe)
             entries.append(Entry(LLMOPT, method, recipe))
         entries += [Entry(peer, method) for peer in options.peers if method in peer.methods]
     return entries
+
+
+def method_of(recipe: Recipe) -> Method:
+    """Which peers a recipe stands beside; what GPTQ solves is GPTQ's, scaled before or not."""
+    if recipe.quantize.solver == "gptq":
+        return "gptq"
+    return "rtn" if recipe.awq is None else "awq"
 
 
 def calibration_tokens(model: Path, num_samples: int, length: int) -> torch.Tensor:
@@ -184,18 +199,23 @@ def check_output_file(path: Path) -> None:
         raise BadInputError(f"{path.parent} is not a directory", "make it, or name another")
 
 
+def scheme_name(scheme: Scheme) -> str:
+    """``W4A16 g128 sym``."""
+    group = "channel" if scheme.group_size is None else f"g{scheme.group_size}"
+    return f"{scheme.name} {group} {'sym' if scheme.symmetric else 'asym'}"
+
+
 def _row(
     entry: Entry, options: BenchOptions, tokens: torch.Tensor, evaluator: Evaluator, folder: Path
 ) -> Row:
     quantizer, method = entry.quantizer, entry.method
-    symmetric = quantizer.methods[method]
-    scheme = f"W{BITS}A16 g{GROUP_SIZE} {'sym' if symmetric else 'asym'}"
+    scheme = scheme_name(entry.scheme)
     try:
         python = quantizer.python()
     except BuildError as error:
         return Row(entry.name, method, scheme, "unavailable", reason=str(error))
     try:
-        runs = _runs(entry, python, symmetric, options, tokens, folder)
+        runs = _runs(entry, python, options, tokens, folder)
         quality = evaluator(folder / OUTPUT)
     except (RunError, LlmoptError, EvaluationError) as error:
         return Row(entry.name, method, scheme, "failed", reason=str(error))
@@ -207,20 +227,20 @@ def _row(
 def _runs(
     entry: Entry,
     python: Path,
-    symmetric: bool,
     options: BenchOptions,
     tokens: torch.Tensor,
     folder: Path,
 ) -> list[Measurement]:
     """One measurement a repeat; the last output stays in ``folder``."""
+    scheme = entry.scheme
     request = Request(
         model=str(options.model.resolve()),
         output=str(folder / OUTPUT),
         token_ids=tokens.tolist(),
         method=entry.method,
-        bits=BITS,
-        group_size=GROUP_SIZE,
-        symmetric=symmetric,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
         threads=options.threads,
         options={"recipe": entry.recipe} if entry.recipe else {},
     )

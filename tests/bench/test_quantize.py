@@ -13,7 +13,14 @@ from typer.testing import CliRunner
 import llmopt.bench.quantize as bench
 from llmopt.bench.floor import MatrixRate
 from llmopt.bench.peers import Quantizer
-from llmopt.bench.quantize import BenchOptions, Entry, bench_quantize, exit_code, plan_entries
+from llmopt.bench.quantize import (
+    BenchOptions,
+    Entry,
+    bench_quantize,
+    exit_code,
+    plan_entries,
+    scheme_name,
+)
 from llmopt.bench.rows import BenchReport, Row, spread
 from llmopt.bench.table import HEADINGS, markdown_table, render_table, table_rows
 from llmopt.cli import app
@@ -128,6 +135,17 @@ def test_peers_stand_beside_llmopt_in_what_they_can(played: BenchOptions) -> Non
         ("works", "gptq"),
         ("absent", "gptq"),
     ]
+
+
+def test_a_recipe_of_llmopt_brings_its_own_scheme(played: BenchOptions) -> None:
+    options = replace(played, methods=("gptq", "awq"), recipes=("int4-gptq-g32", "int4-awq-gptq"))
+    found = [
+        (entry.name, entry.method, scheme_name(entry.scheme)) for entry in plan_entries(options)
+    ]
+    assert ("llmopt int4-gptq-g32", "gptq", "W4A16 g32 sym") in found
+    assert ("llmopt int4-awq-gptq", "gptq", "W4A16 g128 sym") in found
+    assert ("llmopt", "awq", "W4A16 g128 asym") in found
+    assert ("works", "awq", "W4A16 g128 asym") in found
 
 
 def test_exit_codes_tell_broken_from_absent(report: BenchReport) -> None:

