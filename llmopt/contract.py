@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from pydantic import JsonValue
 
 from llmopt.checkpoint.reader import CheckpointReader
 from llmopt.checkpoint.structure import ModelStructure
@@ -93,7 +94,7 @@ def draw_contract(reader: CheckpointReader, structure: ModelStructure, recipe: R
 
     ranks = recipe.output.tensor_parallel_size
     consumers = tuple(
-        check_consumer(name, structure, form, assigned, dtype_of, ranks)
+        check_consumer(name, reader.config, structure, form, assigned, dtype_of, ranks)
         for name in recipe.output.consumers
     )
     kept = tuple(name for name in linears if name not in schemes)
@@ -172,6 +173,7 @@ def _tensor_summary(
 
 def check_consumer(
     name: str,
+    config: Mapping[str, JsonValue],
     structure: ModelStructure,
     form: Format,
     assigned: Mapping[str, Scheme | None],
@@ -182,6 +184,7 @@ def check_consumer(
 
     Args:
         name: the consumer's.
+        config: the model's ``config.json``.
         structure: of the model.
         form: the format on disk.
         assigned: scheme of every linear layer in the blocks, by memory name; ``None`` is 16 bit.
@@ -221,8 +224,10 @@ def check_consumer(
     mixture = support.mixture_refusal(schemes.values())
     variant = support.checkpoint_format_refusal(form.checkpoint_format, schemes.values())
     kept = support.kept_refusal([name for name in assigned if name not in schemes])
+    misread = support.config_refusal(config)
     checks = [
         _check("format", [variant] if variant else [], "opens it"),
+        _check("config", [misread] if misread else [], "reads config.json"),
         _check("kernels", list(kernel_faults), _proof(support, schemes)),
         _check("schemes together", [mixture] if mixture else [], "may stand in one checkpoint"),
         _check("16-bit layers", [kept] if kept else [], "found by their names"),

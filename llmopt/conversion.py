@@ -208,7 +208,9 @@ def _hold_to_consumers(
     dtype = source.info(structure.embed_disk_name).dtype
     names = consumers or [n for n, c in load_consumers().items() if form.name in c.formats]
     held = [
-        check_consumer(name, structure, form, assigned, lambda _: dtype, tensor_parallel_size)
+        check_consumer(
+            name, source.config, structure, form, assigned, lambda _: dtype, tensor_parallel_size
+        )
         for name in names
     ]
     lines = [f"{consumer.name}: {why}" for consumer in held for why in consumer.refusals]

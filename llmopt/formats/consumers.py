@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from llmopt.formats.accepted import Accepted
 from llmopt.formats.expert_support import ExpertSchemes, ExpertSupport
@@ -17,6 +17,9 @@ from llmopt.quantization.scheme import ActivationOrder, Scheme
 
 Shard = Literal["in", "out"]
 """The dimension that tensor parallelism cuts: rows of o/down, columns of q/k/v and gate/up."""
+
+# Model types whose rotary base is this in transformers 4 where config.json does not say.
+_ROPE_THETA_10000 = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "olmo2"}
 
 _Refused = Literal[
     "bits",
@@ -30,6 +33,7 @@ _Refused = Literal[
     "checkpoint_format",
     "asymmetric_checkpoint_formats",
     "kept_layers",
+    "transformers_4",
     "experts",
 ]
 
@@ -52,6 +56,7 @@ class FormatSupport(_Section):
     checkpoint_formats: tuple[str, ...] | None = None
     asymmetric_checkpoint_formats: tuple[str, ...] | None = None
     kept_layers: bool = True
+    transformers_4: bool = False
     experts: ExpertSupport | None = None
     reasons: dict[_Refused, str]
 
@@ -122,6 +127,16 @@ class FormatSupport(_Section):
             why = self.reasons.get("experts", "nobody has tried it with packed experts")
             return [f"mixtures of experts: {why}"]
         return self.experts.refusals(blocks, others)
+
+    def config_refusal(self, config: Mapping[str, JsonValue]) -> str | None:
+        """Why it would misread a model of this ``config.json``, or ``None``."""
+        rope = config.get("rope_parameters")
+        if not self.transformers_4 or "rope_theta" in config or not isinstance(rope, dict):
+            return None
+        told = (config.get("model_type"), rope.get("rope_type", "default"), rope.get("rope_theta"))
+        if told[0] in _ROPE_THETA_10000 and told[1:] == ("default", 10000.0):
+            return None
+        return f"rope_theta is under rope_parameters alone: {self.reasons['transformers_4']}"
 
     def checkpoint_format_refusal(
         self, checkpoint_format: str | None, schemes: Collection[Scheme] = ()

@@ -130,3 +130,25 @@ def test_a_consumer_cannot_open_and_lack_a_format():
     data = CONSUMERS["autoawq"].model_dump()
     with pytest.raises(ValueError, match="opens and lacks awq"):
         Consumer.model_validate(data | {"lacks": {"awq": "no"}})
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        ({"model_type": "llama", "rope_theta": 500000.0}, False),
+        ({"model_type": "llama", "rope_parameters": {"rope_theta": 10000.0}}, False),
+        ({"model_type": "llama", "rope_parameters": {"rope_theta": 500000.0}}, True),
+        ({"model_type": "mixtral", "rope_parameters": {"rope_theta": 10000.0}}, True),
+        (
+            {
+                "model_type": "llama",
+                "rope_parameters": {"rope_theta": 10000.0, "rope_type": "llama3"},
+            },
+            True,
+        ),
+    ],
+)
+def test_a_config_that_transformers_4_would_misread_is_refused(config, refused):
+    archived = CONSUMERS["auto-gptq"].formats["gptq"]
+    assert (archived.config_refusal(config) is not None) == refused
+    assert CONSUMERS["gptqmodel"].formats["gptq"].config_refusal(config) is None

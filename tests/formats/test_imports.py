@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.quantized import write_quantized
-from support.tiny_models import rewrite_config, rewrite_tensors
+from support.quantized import WIDTHS, write_quantized
+from support.tiny_models import llama_config, rewrite_config, rewrite_tensors, write_checkpoint
 
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.converting import convert
 from llmopt.errors import BadInputError
+from llmopt.evaluation import compare
 from llmopt.formats import FORMATS
 from llmopt.formats.config_file import quantization_config
 from llmopt.formats.dequantized import DequantizedSource
@@ -62,6 +63,17 @@ def test_an_auto_gptq_directory_with_its_own_file_names(tmp_path):
     found = DequantizedSource(open_checkpoint(tmp_path.parent / "awq-of-auto-gptq"))
     assert found.read_quantized(UP).digest() == written[UP].digest()
     assert not (tmp_path.parent / "awq-of-auto-gptq" / "quantize_config.json").exists()
+
+
+def test_a_foreign_directory_is_compared_with_its_source(tmp_path):
+    written = write_quantized(tmp_path / "gptq", FORMATS["gptq"], lambda _: ASYMMETRIC)
+    write_quantized(tmp_path / "dense", FORMATS["gptq"], lambda _: ASYMMETRIC)
+    config = llama_config(vocab_size=512, **WIDTHS)
+    write_checkpoint(tmp_path / "dense", config, dtype=torch.float16)
+    found = compare(open_checkpoint(tmp_path / "gptq"), open_checkpoint(tmp_path / "dense"))
+    assert found.bits == 4 and found.schemes[f"{UP}.weight"] == ASYMMETRIC
+    weight = found.candidate.read(f"{UP}.weight")
+    assert torch.equal(weight, written[UP].dequantize())
 
 
 def test_an_old_autoawq_directory(tmp_path):
