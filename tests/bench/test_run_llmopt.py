@@ -21,6 +21,11 @@ def test_phases_cover_the_quantization(made: Made) -> None:
     assert abs(sum(phases.values()) - made.response["quantize_s"]) < 0.01
 
 
+def test_nothing_is_timed_twice() -> None:
+    places = [(id(owner), attribute) for owner, attribute, _ in PHASES]
+    assert len(set(places)) == len(places)
+
+
 def test_the_output_is_whole(made: Made) -> None:
     source = DequantizedSource(open_checkpoint(made.output))
     assert source.quantized_modules

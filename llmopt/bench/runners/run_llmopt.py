@@ -47,15 +47,11 @@ PHASES: tuple[tuple[object, str, str], ...] = (
     (llmopt.rounding, "collect", "calibration forwards"),
     (llmopt.scaling, "collect", "calibration forwards"),
     (llmopt.solving, "collect", "calibration forwards"),
-    (llmopt.rounding, "collect", "calibration forwards"),
-    (llmopt.scaling, "collect", "calibration forwards"),
     (llmopt.calibration.statistics.InputStatistics, "update", "Hessians"),
     (llmopt.compressing, "scale_block", "scale search"),
     (llmopt.compressing, "solve_block", "solve"),
     (llmopt.compressing, "round_seen_block", "solve"),
     (llmopt.compressing, "round_block", "solve"),
-    (llmopt.compressing, "round_seen_block", "solve"),
-    (llmopt.compressing, "scale_block", "solve"),
     (llmopt.compressing, "_write_part", "pack and write"),
 )
 
