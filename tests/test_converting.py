@@ -179,7 +179,7 @@ def test_mixed_schemes_and_kept_layers_are_told(tmp_path):
     )
     with pytest.raises(ContractError, match="one group size"):
         convert(tmp_path / "source", "awq", tmp_path / "awq")
-    convert(tmp_path / "source", "gptq", tmp_path / "gptq", consumers=["gptqmodel"])
+    convert(tmp_path / "source", "gptq", tmp_path / "gptq", consumers=["vllm"])
     written = DequantizedSource(open_checkpoint(tmp_path / "gptq"))
     found = {m.rpartition(".")[2]: written.scheme_of(m) for m in written.quantized_modules}
     assert found.pop("down_proj") == Scheme(8, None) and set(found.values()) == {W4}
