@@ -144,6 +144,18 @@ def test_a_nan_that_arises_on_the_way_names_layer_and_sample(
     assert not (tmp_path / "out").exists()
 
 
+def test_starved_experts_end_the_run_after_the_pass_that_counted_them(
+    tmp_path: Path, text: Path
+) -> None:
+    source = write_job(tmp_path, "mixtral")
+    hungry = {"source": str(text), "num_samples": 6, "sequence_length": 64}
+    recipe = small_recipe(text, calibration={**hungry, "min_expert_tokens": 300})
+    with pytest.raises(LlmoptError, match=r"model\.layers\.0\.mlp\.experts\.\d \(\d+\)") as caught:
+        quantize(source, recipe, tmp_path / "out")
+    assert "num_samples" in caught.value.remedy and "ignore" in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_directory_with_something_in_it_is_left_alone(
     tmp_path: Path, source: Path, text: Path
 ) -> None:

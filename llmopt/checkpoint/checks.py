@@ -68,15 +68,17 @@ def check_config(path: Path) -> dict[str, JsonValue]:
 
 
 def _transformers_has(config: Mapping[str, JsonValue]) -> bool:
-    """Whether transformers' own class, by its name too, is the model's: its code is not needed.
+    """Whether the code on offer is a model that transformers holds itself, by the very same name.
 
     So with Phi-3, which was published before transformers took it up.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    architectures = config.get("architectures")
     own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-    return own is not None and architectures == [own]
+    offered = config.get("auto_map")
+    if own is None or config.get("architectures") != [own] or not isinstance(offered, dict):
+        return False
+    return str(offered.get("AutoModelForCausalLM")).rpartition(".")[2] == own
 
 
 def find_shards(path: Path) -> tuple[str, ...]:

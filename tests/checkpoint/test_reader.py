@@ -200,12 +200,17 @@ def test_remote_code_is_refused(file: str, two_shards: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "refused"), [("Phi3ForCausalLM", False), ("Phi3SmallForCausalLM", True)]
+    ("architecture", "code", "refused"),
+    [
+        ("Phi3ForCausalLM", "modeling_phi3.Phi3ForCausalLM", False),
+        ("Phi3ForCausalLM", "modeling_phi3.MineForCausalLM", True),
+        ("Phi3SmallForCausalLM", "modeling_phi3.Phi3SmallForCausalLM", True),
+    ],
 )
 def test_code_for_a_model_that_transformers_holds_itself_is_not_needed(
-    architecture: str, refused: bool, two_shards: Path
+    architecture: str, code: str, refused: bool, two_shards: Path
 ) -> None:
-    offered = {"AutoModelForCausalLM": f"modeling_phi3.{architecture}"}
+    offered = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": code}
     config = {"model_type": "phi3", "architectures": [architecture], "auto_map": offered}
     (two_shards / "config.json").write_text(json.dumps(config))
     if refused:
