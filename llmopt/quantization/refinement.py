@@ -32,6 +32,9 @@ def refine_scales(tensor: QuantizedTensor, weight: Tensor, hessian: Tensor) -> Q
         scales would not all stay positive, keeps its own.
     """
     rows, columns = tensor.shape
+    if tensor.group_index is not None:
+        order = torch.argsort(tensor.group_index, stable=True)
+        weight, hessian = weight[:, order], hessian[order][:, order]
     chunk = max(1, _ELEMENTS // columns)
     found = [
         _refine_rows(tensor, weight, hessian, slice(start, start + chunk))
@@ -41,28 +44,30 @@ def refine_scales(tensor: QuantizedTensor, weight: Tensor, hessian: Tensor) -> Q
 
 
 def _refine_rows(tensor: QuantizedTensor, weight: Tensor, hessian: Tensor, rows: slice) -> Tensor:
-    """Scales of some rows, ``(rows, groups)``."""
-    groups = tensor.column_groups()
+    """Scales of some rows, ``(rows, groups)``; columns and Hessian are in the groups' order."""
     stored = tensor.scales[rows]
-    centred = tensor.codes[rows].float()
-    if tensor.zero_points is None:
-        centred -= tensor.scheme.midpoint
-    else:
-        centred -= tensor.zero_points[rows].float()[:, groups]
-    normal = centred.new_empty(len(stored), stored.shape[1], stored.shape[1])
-    for group in range(stored.shape[1]):
-        members = (groups == group).nonzero().squeeze(1)
-        product = centred[:, members] @ hessian[members]  # (rows, in)
-        normal[:, group] = _sum_by_group(product * centred, groups, stored.shape[1])
+    num_rows, num_groups = stored.shape
     before = stored.float()
-    rest = weight[rows].float() - centred * before[:, groups]
+    centred = tensor.codes[rows].float()
+    if tensor.group_index is not None:
+        centred = centred[:, torch.argsort(tensor.group_index, stable=True)]
+    by_group = centred.view(num_rows, num_groups, -1)
+    if tensor.zero_points is None:
+        by_group -= tensor.scheme.midpoint
+    else:
+        by_group -= tensor.zero_points[rows].float().unsqueeze(2)
+    columns = by_group.shape[2]
+    normal = centred.new_empty(num_rows, num_groups, num_groups)
+    for group in range(num_groups):
+        start = group * columns
+        product = by_group[:, group] @ hessian[start : start + columns, start:]  # (rows, in left)
+        product *= centred[:, start:]
+        later = product.view(num_rows, num_groups - group, columns).sum(dim=2)
+        normal[:, group, group:], normal[:, group:, group] = later, later
+    rest = weight[rows].float() - (by_group * before.unsqueeze(2)).view_as(centred)
     # Of the change alone: the difference from good scales is small, and keeps its bits.
-    right = _sum_by_group((rest @ hessian) * centred, groups, stored.shape[1])
+    right = ((rest @ hessian).view_as(by_group) * by_group).sum(dim=2)
     return _round(before, normal, right, stored)
-
-
-def _sum_by_group(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    return values.new_zeros(len(values), num_groups).index_add_(1, groups, values)
 
 
 def _round(before: Tensor, normal: Tensor, right: Tensor, stored: Tensor) -> Tensor:
