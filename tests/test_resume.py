@@ -118,3 +118,28 @@ def test_a_run_killed_right_after_its_output_appeared_is_over(
         quantize(source, recipe, output, resume=True)
     assert over.value.exit_code == 0 and (output / "llmopt.json").is_file()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_scales_that_were_folded_are_the_same_after_a_resume(tmp_path: Path) -> None:
+    source, text = write_job(tmp_path), write_text(tmp_path)
+    stages = [{"kind": "awq", "num_scales": 4}, {"scheme": {"bits": 3, "group_size": 32}}]
+    recipe = small_recipe(text, stages=stages)
+
+    def stop_at_reading_back(task: str, _: int, __: int) -> None:
+        if task == "read back":
+            raise _StopError
+
+    found = []
+    for name, stops in (("whole", [None]), ("resumed", [1, 2, None])):
+        for number, stop in enumerate(stops):
+            progress = stop_at_reading_back if stop is None else stop_at_block(stop)
+            with pytest.raises(_StopError):
+                output = tmp_path / name
+                quantize(source, recipe, output, resume=number > 0, progress=progress)
+        artifact = tmp_path / f".{name}.llmopt-staging/artifact"
+        files = {path.name: path.read_bytes() for path in artifact.glob("*.safetensors")}
+        journal = json.loads((artifact.parent / "journal.json").read_text())
+        found.append((files, [entry["payload"] for entry in journal["blocks"]]))
+    assert found[0] == found[1] and len(found[0][0]) == 4
+    scaled = [payload["scaled"] for payload in found[0][1]]
+    assert all("layernorm" in name for part in scaled for name in part) and any(scaled)
