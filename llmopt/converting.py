@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import llmopt
@@ -101,12 +102,14 @@ def convert(
 
 
 def _needed_bytes(plan: Conversion) -> int:
+    """Disk space of the output, its scales counted as the widest there are."""
     tensors = sum(plan.reader.info(name).num_bytes for name in plan.copied)
     for module, scheme in plan.schemes.items():
-        rows, columns = plan.source.info(f"{module}.weight").shape
-        dtype = plan.source.read_quantized(module).scales.dtype
-        tensors += int(rows * columns * plan.form.bits_per_weight(scheme, (rows, columns), dtype))
-    return tensors // 8 + plan_companions(plan.reader.path).num_bytes
+        info = plan.source.info(f"{module}.weight")
+        rows, columns = info.shape
+        bits = plan.form.bits_per_weight(scheme, (rows, columns), torch.float32)
+        tensors += int(info.num_parameters * bits / 8)
+    return tensors + plan_companions(plan.reader.path).num_bytes
 
 
 def _write(plan: Conversion, artifact: Artifact, progress: Progress) -> Companions:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from llmopt import converting
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.cli import app
-from llmopt.conversion import in_scheme
+from llmopt.conversion import in_scheme, plan_conversion
 from llmopt.converting import convert
 from llmopt.errors import BadInputError, ContractError, RoundTripError
 from llmopt.formats import FORMATS, choose_format
@@ -260,3 +260,11 @@ def test_biases_and_a_tied_head_are_carried(tmp_path):
     before, after = tensors_of(start), tensors_of(tmp_path / "out")
     names = [name for name in before if name.endswith("bias")]
     assert len(names) == 7 and all(torch.equal(before[n], after[n]) for n in names)
+
+
+def test_the_room_it_asks_for_is_enough(tmp_path):
+    start = source(tmp_path, FORMATS["awq"], ASYMMETRIC)
+    asked = converting._needed_bytes(plan_conversion(start, "gptq"))
+    convert(start, "gptq", tmp_path / "out")
+    weights = sum(part.nbytes for part in tensors_of(tmp_path / "out").values())
+    assert weights < asked < 2 * weights
