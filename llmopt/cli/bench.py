@@ -95,7 +95,7 @@ def ablate(
 def _own_model() -> Path:
     from llmopt.bench.model import bench_model
 
-    errors.print("the benchmark's model is trained on its first use, a quarter of an hour")
+    errors.print("the benchmark's model is trained on its first use, some minutes")
     return bench_model()
 
 
