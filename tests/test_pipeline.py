@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -282,4 +283,7 @@ def test_each_recipe_of_the_project_does_what_it_says(
         assert layer.scheme.model_dump(exclude={"name"}) == recipe.quantize.scheme.model_dump()
     opened = DequantizedSource(open_checkpoint(result.path))
     wanted = recipe.quantize.scheme.scheme()
+    if recipe.output.format != "compressed-tensors" and wanted.activation_order == "weight":
+        # It leaves the groups where they lie, and these files have no word for it.
+        wanted = dataclasses.replace(wanted, activation_order="none")
     assert {opened.scheme_of(module) for module in opened.quantized_modules} == {wanted}
