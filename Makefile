@@ -53,7 +53,7 @@ fix: $(STAMP) ## lint and format what can be mended by machine
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-interop: $(STAMP) ## open outputs with transformers and vLLM, each in an environment of its own
+interop: $(STAMP) ## open outputs with their consumers, each in an environment of its own
 	$(BIN)/python tests/environments.py
 	$(BIN)/python -m pytest -q -rs -m interop tests/interop --durations 10
 
