@@ -36,11 +36,6 @@ def test_every_peer_has_its_script_and_its_frozen_environment(name: str) -> None
     assert all("==" in line and "+" not in line for line in lines)
 
 
-def test_the_consumers_environment_serves_the_benchmark_too() -> None:
-    consumers = Path(__file__).parents[1] / "interop" / "requirements" / "gptqmodel.txt"
-    assert consumers.read_text("utf-8") == (REQUIREMENTS / "gptqmodel.txt").read_text("utf-8")
-
-
 def test_llmopt_has_its_script_and_a_recipe_for_what_it_can() -> None:
     assert find_spec(f"llmopt.bench.runners.{LLMOPT.module}") is not None
     assert LLMOPT.recipes.keys() == LLMOPT.methods.keys()
