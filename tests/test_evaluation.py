@@ -72,11 +72,18 @@ def change_shard(artifact: Path, name: str, change: object) -> None:
 def test_an_artifact_that_computes_nan_fails_and_is_no_bad_input(
     artifact: Path, source: Path, text: Path
 ) -> None:
-    name = "model.layers.1.mlp.up_proj.weight_scale"
+    name = "model.layers.1.input_layernorm.weight"
     change_shard(artifact, name, lambda tensors: tensors[name].fill_(float("inf")))
     with pytest.raises(BrokenArtifactError, match="does not compute") as caught:
         judge(artifact, source, text)
     assert caught.value.exit_code is ExitCode.FAIL
+
+
+def test_infinite_scales_are_named(artifact: Path, source: Path, text: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    change_shard(artifact, name, lambda tensors: tensors[name].fill_(float("inf")))
+    with pytest.raises(BadInputError, match="layers.1.mlp.up_proj has scales of NaN or infinity"):
+        judge(artifact, source, text)
 
 
 def test_tensors_that_the_source_has_not_are_no_comparison(
