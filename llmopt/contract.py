@@ -14,7 +14,7 @@ from llmopt.checkpoint.structure import ModelStructure
 from llmopt.errors import BadInputError, ContractError
 from llmopt.formats import FORMATS, choose_format
 from llmopt.formats.base import Format
-from llmopt.formats.consumers import FormatSupport, load_consumers
+from llmopt.formats.consumers import FormatSupport, Shard, load_consumers
 from llmopt.quantization.scheme import Scheme
 from llmopt.recipe import OutputSection, QuantizeStage, Recipe, matches
 from llmopt.report.schema import Consumer, ContractCheck
@@ -208,19 +208,17 @@ def check_consumer(
     schemes = {name: scheme for name, scheme in assigned.items() if scheme is not None}
     kernel_faults: dict[str, None] = {}
     for members in _shared_inputs(structure):
-        fused = [member for member in members if member in schemes]
-        if not fused:
-            continue
-        faults = support.refusals(
-            schemes[fused[0]],
-            in_features=_shape(structure, fused[0])[1],
-            out_features_fused=sum(_shape(structure, member)[0] for member in fused),
-            tensor_parallel_size=tensor_parallel_size,
-            dtype=dtype_of(fused[0]),
-            # Engines split what shares an input by output rows, and what follows it by columns.
-            shard="out" if len(members) > 1 else "in",
-        )
-        kernel_faults.update(dict.fromkeys(faults))
+        shard = _shard(structure, members)
+        for layer in _layers_there(support, schemes, members):
+            faults = support.refusals(
+                schemes[layer[0]],
+                in_features=_shape(structure, layer[0])[1],
+                out_features_fused=sum(_shape(structure, member)[0] for member in layer),
+                tensor_parallel_size=tensor_parallel_size,
+                dtype=dtype_of(layer[0]),
+                shard=shard,
+            )
+            kernel_faults.update(dict.fromkeys(faults))
     mixture = support.mixture_refusal(schemes.values())
     variant = support.checkpoint_format_refusal(form.checkpoint_format, schemes.values())
     kept = support.kept_refusal([name for name in assigned if name not in schemes])
@@ -255,6 +253,32 @@ def _shared_inputs(structure: ModelStructure) -> Iterator[tuple[str, ...]]:
         prefix = structure.block_prefix(block)
         for group in structure.input_groups(block):
             yield tuple(f"{prefix}.{linear}" for linear in group)
+
+
+def _layers_there(
+    support: FormatSupport, schemes: Mapping[str, Scheme], members: tuple[str, ...]
+) -> list[tuple[str, ...]]:
+    """The quantized layers of a shared input as a consumer has them: each one, or fused.
+
+    Those that it fuses but that differ in scheme are refused for that; each scheme counts here.
+    """
+    quantized = [member for member in members if member in schemes]
+    if not support.fuses_shared_inputs:
+        return [(member,) for member in quantized]
+    fused: dict[Scheme, tuple[str, ...]] = {}
+    for member in quantized:
+        fused[schemes[member]] = (*fused.get(schemes[member], ()), member)
+    return list(fused.values())
+
+
+def _shard(structure: ModelStructure, members: tuple[str, ...]) -> Shard:
+    """The dimension that ranks divide of the layers that share an input.
+
+    Engines split what reads the hidden states by output rows, and what writes them (o and down,
+    which share their input with nothing) by columns. Phi-3's fused q/k/v is alone but writes wider.
+    """
+    writes_hidden = _shape(structure, members[0])[0] == structure.hidden_size
+    return "in" if len(members) == 1 and writes_hidden else "out"
 
 
 def _expert_schemes(

@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 import torch
 from support.small_jobs import small_recipe
-from support.tiny_models import llama_config, mixtral_config, qwen2_config, write_checkpoint
+from support.tiny_models import (
+    llama_config,
+    mixtral_config,
+    phi3_config,
+    qwen2_config,
+    write_checkpoint,
+)
 
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.structure import read_structure
@@ -92,6 +98,48 @@ def test_transformers_does_not_fuse_so_it_takes_what_vllm_refuses(source: Path) 
     agreed = contract(source, **changes)
     agreed.enforce()
     assert all(name.endswith("q_proj") for name in agreed.kept) and agreed.kept
+
+
+@pytest.mark.parametrize("layer", ["q", "k", "v"])
+def test_every_layer_of_a_shared_input_is_held_to_the_consumer(source: Path, layer: str) -> None:
+    asymmetric = {"match": f"*.{layer}_proj", "scheme": {"symmetric": False, "group_size": 32}}
+    changes = {"stage": {"overrides": [asymmetric]}, "output": {"consumers": ["transformers"]}}
+    with pytest.raises(ContractError, match="asymmetric 4 bits"):
+        contract(source, **changes).enforce()
+    fusing = contract(source, **{**changes, "output": {"consumers": ["vllm"]}})
+    assert any("are one layer there" in refusal for refusal in fusing.refusals)
+    assert not any("asymmetric 4 bits" in refusal for refusal in fusing.refusals)
+    odd = {"match": f"*.{layer}_proj", "scheme": {"group_size": 16}}
+    fusing = contract(source, stage={"overrides": [odd]}, output={"consumers": ["vllm"]})
+    assert any("group size 16" in refusal for refusal in fusing.refusals)
+
+
+def test_rows_are_fused_only_where_the_consumer_fuses(tmp_path: Path) -> None:
+    shapes = {
+        "hidden_size": 192,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    # q, k and v of 96, 16 and 16 rows: together a multiple of 32.
+    config = llama_config(**{**WIDTHS, **shapes})
+    write_checkpoint(tmp_path, config, dtype=torch.float16)
+    stage = {"scheme": {"group_size": 32}}
+    output = {"format": "gptq", "checkpoint_format": "gptq"}
+    archived = contract(tmp_path, stage=stage, output={**output, "consumers": ["auto-gptq"]})
+    assert any("16 fused output features" in refusal for refusal in archived.refusals)
+    contract(tmp_path, stage=stage, output={**output, "consumers": ["vllm-cpu"]}).enforce()
+
+
+def test_a_layer_that_is_fused_in_the_checkpoint_is_divided_by_rows(tmp_path: Path) -> None:
+    widths = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = phi3_config(**widths, head_dim=24, intermediate_size=128)
+    write_checkpoint(tmp_path, config, dtype=torch.bfloat16)
+    output = {"consumers": ["vllm"], "tensor_parallel_size": 2}
+    stage = {"scheme": {"group_size": 32}, "ignore": ["*.o_proj", "*.down_proj"]}
+    contract(tmp_path, stage=stage, output=output).enforce()
+    with pytest.raises(ContractError, match="groups of 32 do not divide 48 input"):
+        contract(tmp_path, stage={"scheme": {"group_size": 32}}, output=output).enforce()
 
 
 @pytest.mark.parametrize(

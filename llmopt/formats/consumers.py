@@ -16,7 +16,7 @@ from llmopt.formats.expert_support import ExpertSchemes, ExpertSupport
 from llmopt.quantization.scheme import ActivationOrder, Scheme
 
 Shard = Literal["in", "out"]
-"""The dimension that tensor parallelism cuts: rows of o/down, columns of q/k/v and gate/up."""
+"""The dimension that ranks divide: input features of o and down, output of q/k/v and gate/up."""
 
 # Model types whose rotary base is this in transformers 4 where config.json does not say.
 _ROPE_THETA_10000 = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "olmo2"}
