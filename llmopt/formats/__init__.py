@@ -48,7 +48,7 @@ def read_format(config: Mapping[str, JsonValue]) -> Format:
         BadInputError: one that llmopt does not read.
     """
     method = config.get("quant_method")
-    name = method.lower() if isinstance(method, str) else method
+    name = method.lower() if isinstance(method, str) else ""
     if name not in FORMATS:
         raise BadInputError(
             f"quantization method {method!r} is not one llmopt reads",

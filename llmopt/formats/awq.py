@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from pydantic import JsonValue
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from llmopt.errors import BadInputError
 from llmopt.formats.bitstream import pack_rows, unpack_rows
+from llmopt.formats.config_values import read_names, read_truth, read_whole
 from llmopt.formats.parts import SCALES, WORDS, check_midpoint, check_scales, read_part
 from llmopt.quantization.quantized_tensor import QuantizedTensor
 from llmopt.quantization.scheme import Scheme
@@ -171,21 +171,21 @@ class AWQ:
                 f"{method} in the layout {layout!r} is not one llmopt reads",
                 "take the model in AWQ's GEMM layout (version: gemm)",
             )
-        bits = config.get("bits", config.get("w_bit", _BITS))
-        group_size = config.get("group_size", config.get("q_group_size", 128))
-        whole = isinstance(group_size, int) and not isinstance(group_size, bool)
-        if bits != _BITS or not whole or not (group_size == -1 or cast(int, group_size) > 0):
+        where = "the AWQ config"
+        bits = read_whole(config, "bits" if "bits" in config else "w_bit", where, _BITS)
+        size_key = "group_size" if "group_size" in config else "q_group_size"
+        group_size = read_whole(config, size_key, where, 128)
+        if bits != _BITS or not (group_size == -1 or group_size > 0):
             raise BadInputError(
                 f"AWQ of {bits} bits in groups of {group_size} is not a scheme of llmopt",
                 "llmopt reads AWQ of 4 bits, by group or channel (-1)",
             )
         scheme = Scheme(
             bits=4,
-            group_size=None if group_size == -1 else cast(int, group_size),
-            symmetric=not config.get("zero_point", True),
+            group_size=None if group_size == -1 else group_size,
+            symmetric=not read_truth(config, "zero_point", where, True),
         )
-        skipped = config.get("modules_to_not_convert") or []
-        return AWQSchemes(scheme, tuple(cast(list[str], skipped)))
+        return AWQSchemes(scheme, read_names(config, "modules_to_not_convert", where))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import cast
 from pydantic import JsonValue
 
 from llmopt.errors import BadInputError
+from llmopt.formats.config_values import read_names, read_pattern, read_truth, read_whole
 from llmopt.quantization.scheme import INT_BITS, ActivationOrder, IntBits, Scheme
 
 _ORDERS: dict[ActivationOrder, str | None] = {"none": None, "weight": "weight", "group": "group"}
@@ -19,7 +20,27 @@ _STORED_ORDERS: dict[JsonValue, ActivationOrder] = {
     "dynamic": "group",
     False: "none",
 }
+_WHERE = "the compressed-tensors config"
 _MEND = "mend config.json, or take the model from its maker again"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A module name, or ``re:`` and a pattern that is matched from the name's beginning.
+
+    Attributes:
+        name: as the config has it.
+        pattern: what follows ``re:``; ``None`` for a plain name.
+    """
+
+    name: str
+    pattern: re.Pattern[str] | None
+
+    def matches(self, module: str) -> bool:
+        """Whether it speaks of the module by its name."""
+        if self.pattern is None:
+            return self.name == module
+        return self.pattern.match(module) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,28 +48,21 @@ class CompressedTensorsSchemes:
     """Targets and ignored names of a config, looked up as the compressed-tensors library does.
 
     Attributes:
-        targets: ``(target, scheme)``; a target is a module name, ``re:`` and a pattern that is
-            matched from the name's beginning, or ``Linear``.
-        ignored: module names or ``re:`` patterns.
+        targets: ``(target, scheme)``; one named ``Linear`` stands for the class.
+        ignored: what is not quantized.
     """
 
-    targets: tuple[tuple[str, Scheme], ...]
-    ignored: tuple[str, ...]
+    targets: tuple[tuple[Target, Scheme], ...]
+    ignored: tuple[Target, ...]
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a linear layer: exact names first, then patterns, then the class."""
-        if any(_matches(target, module) for target in self.ignored):
+        if any(target.matches(module) for target in self.ignored):
             return None
-        exact = [scheme for target, scheme in self.targets if target == module]
-        pattern = [scheme for target, scheme in self.targets if _matches(target, module)]
-        linear = [scheme for target, scheme in self.targets if target == "Linear"]
+        exact = [scheme for target, scheme in self.targets if target.name == module]
+        pattern = [scheme for target, scheme in self.targets if target.matches(module)]
+        linear = [scheme for target, scheme in self.targets if target.name == "Linear"]
         return next(iter(exact + pattern + linear), None)
-
-
-def _matches(target: str, module: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
-    return target == module
 
 
 def weights_section(scheme: Scheme) -> dict[str, JsonValue]:
@@ -85,16 +99,16 @@ def read_config(config: Mapping[str, JsonValue]) -> CompressedTensorsSchemes:
             "the compressed-tensors config transforms activations (transform_config)",
             "llmopt reads weights alone; take the model without transforms",
         )
-    found: list[tuple[str, Scheme]] = []
+    found: list[tuple[Target, Scheme]] = []
     for name, group in groups.items():
         targets, scheme = _read_group(name, group, config.get("format"))
         found += [(target, scheme) for target in targets]
-    return CompressedTensorsSchemes(tuple(found), _names(config.get("ignore") or [], "ignore"))
+    return CompressedTensorsSchemes(tuple(found), _targets(config, "ignore", _WHERE))
 
 
 def _read_group(
     name: str, group: JsonValue, default_layout: JsonValue
-) -> tuple[tuple[str, ...], Scheme]:
+) -> tuple[tuple[Target, ...], Scheme]:
     if not isinstance(group, dict):  # `W4A16: [Linear]`, a preset of the library by its name
         raise BadInputError(f"compressed-tensors {name} is not spelled out", _MEND)
     layout = group.get("format") or default_layout
@@ -107,20 +121,25 @@ def _read_group(
     weights = group.get("weights")
     if not isinstance(weights, dict):
         raise BadInputError(f"compressed-tensors {name} has no weights section", _MEND)
-    return _names(group.get("targets"), f"{name}.targets"), _read_weights(name, weights)
+    if group.get("targets") is None:
+        raise BadInputError(f"compressed-tensors {name} has no targets", _MEND)
+    return _targets(group, "targets", f"compressed-tensors {name}"), _read_weights(name, weights)
 
 
-def _names(names: JsonValue, where: str) -> tuple[str, ...]:
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise BadInputError(f"compressed-tensors {where} is no list of names", _MEND)
-    return tuple(cast(list[str], names))
+def _targets(config: Mapping[str, JsonValue], key: str, where: str) -> tuple[Target, ...]:
+    return tuple(
+        Target(name, read_pattern(name[3:], where) if name.startswith("re:") else None)
+        for name in read_names(config, key, where)
+    )
 
 
 def _read_weights(name: str, weights: Mapping[str, JsonValue]) -> Scheme:
-    bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
-    group_size, order = weights.get("group_size"), weights.get("actorder")
-    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
-    by_group = whole and cast(int, group_size) > 0
+    where = f"compressed-tensors {name}"
+    bits, kind = read_whole(weights, "num_bits", where, 8), weights.get("type", "int")
+    order = weights.get("actorder")
+    stated = weights.get("group_size") is not None
+    group_size = read_whole(weights, "group_size", where, 0) if stated else None
+    by_group = group_size is not None and group_size > 0
     strategy = weights.get("strategy") or (
         "group" if by_group else "channel" if group_size == -1 else "tensor"
     )
@@ -132,13 +151,13 @@ def _read_weights(name: str, weights: Mapping[str, JsonValue]) -> Scheme:
         or not known_order
     ):
         raise BadInputError(
-            f"compressed-tensors {name}: {bits}-bit {kind}, {strategy} {group_size}, actorder "
-            f"{order} is not a scheme of llmopt",
+            f"{where}: {bits}-bit {kind}, {strategy} {group_size}, actorder {order} is not a "
+            "scheme of llmopt",
             f"llmopt reads integer weights of {INT_BITS} bits, by group or channel",
         )
     return Scheme(
         bits=cast(IntBits, bits),
-        group_size=cast(int, group_size) if strategy == "group" else None,
-        symmetric=bool(weights.get("symmetric", True)),
+        group_size=group_size if strategy == "group" else None,
+        symmetric=read_truth(weights, "symmetric", where, True),
         activation_order=_STORED_ORDERS[cast(str, order)],
     )

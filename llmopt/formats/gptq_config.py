@@ -15,6 +15,7 @@ from typing import Literal, cast, get_args
 from pydantic import JsonValue
 
 from llmopt.errors import BadInputError
+from llmopt.formats.config_values import read_pattern, read_truth, read_whole
 from llmopt.quantization.scheme import INT_BITS, IntBits, Scheme
 
 CheckpointFormat = Literal["gptq", "gptq_v2"]
@@ -104,7 +105,7 @@ def read_config(config: Mapping[str, JsonValue]) -> GPTQSchemes:
         raise BadInputError(
             f"quantization method {method!r} is not gptq", "give a directory of GPTQ files"
         )
-    if config.get("is_marlin_format"):
+    if read_truth(config, "is_marlin_format", "the GPTQ config", False):
         raise BadInputError(
             "the GPTQ files are in marlin's layout (is_marlin_format)",
             "take the model in the plain gptq layout",
@@ -150,20 +151,20 @@ def _read_scheme(config: Mapping[str, JsonValue], where: str) -> Scheme:
         raise BadInputError(
             f"{where} lacks {' and '.join(missing)}", "add what the maker of the file says"
         )
-    bits, group_size = config["bits"], config["group_size"]
-    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
-    if bits not in INT_BITS or not whole or not (group_size == -1 or cast(int, group_size) > 0):
+    bits = read_whole(config, "bits", where, 0)
+    group_size = read_whole(config, "group_size", where, 0)
+    if bits not in INT_BITS or not (group_size == -1 or group_size > 0):
         raise BadInputError(
             f"{where}: {bits} bits in groups of {group_size} is not a scheme of llmopt",
             f"llmopt reads integer weights of {INT_BITS} bits, by group or channel (-1)",
         )
-    size = None if group_size == -1 else cast(int, group_size)
+    size = None if group_size == -1 else group_size
     # With one group a row an order of groups means nothing.
-    grouped = bool(config.get("desc_act", False)) and size is not None
+    grouped = read_truth(config, "desc_act", where, False) and size is not None
     return Scheme(
         bits=cast(IntBits, bits),
         group_size=size,
-        symmetric=bool(config.get("sym", True)),
+        symmetric=read_truth(config, "sym", where, True),
         activation_order="group" if grouped else "none",
     )
 
@@ -177,17 +178,12 @@ def _read_rules(
         raise BadInputError("the GPTQ config's dynamic is not a mapping", "mend config.json")
     for rule, changes in dynamic.items():
         negative = rule.startswith("-:")
-        try:
-            pattern = re.compile(rule.removeprefix("-:").removeprefix("+:"))
-        except re.error as error:
-            raise BadInputError(
-                f"the GPTQ config's rule {rule!r} is no regular expression: {error}",
-                "mend config.json",
-            ) from error
+        where = f"the GPTQ config's rule {rule!r}"
+        pattern = read_pattern(rule.removeprefix("-:").removeprefix("+:"), where)
         if negative:
             found.append((pattern, None))
             continue
         if not isinstance(changes, dict):
-            raise BadInputError(f"the GPTQ config's rule {rule!r} is empty", "mend config.json")
-        found.append((pattern, _read_scheme({**config, **changes}, f"the rule {rule!r}")))
+            raise BadInputError(f"{where} is empty", "mend config.json")
+        found.append((pattern, _read_scheme({**config, **changes}, where)))
     return tuple(found)

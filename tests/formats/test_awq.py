@@ -165,7 +165,7 @@ def test_a_config_without_zero_points_is_symmetric():
         ({"quant_method": "gptq"}, "gptq in the layout"),
         ({"bits": 8}, "8 bits"),
         ({"group_size": 0}, "groups of 0"),
-        ({"q_group_size": "all"}, "groups of all"),
+        ({"q_group_size": "all"}, 'q_group_size is "all"'),
     ],
 )
 def test_configs_that_llmopt_does_not_read_are_refused(config, message):

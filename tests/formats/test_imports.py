@@ -142,7 +142,7 @@ def test_a_section_that_is_no_mapping_is_refused(tmp_path):
         ({"config_groups": {}}, "no config_groups"),
         ({"config_groups": {"W4A16": ["Linear"]}}, "W4A16 is not spelled out"),
         ({"config_groups": {"g": {"targets": ["Linear"]}}}, "g has no weights section"),
-        ({"config_groups": {"g": {"weights": {"num_bits": 4}}}}, "g.targets is no list"),
+        ({"config_groups": {"g": {"weights": {"num_bits": 4}}}}, "g has no targets"),
         (
             {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4}}}},
             "tensor None",
