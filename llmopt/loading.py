@@ -33,8 +33,8 @@ def load(
     aside. Of a multimodal wrapper the text model is loaded.
 
     Args:
-        directory: what ``llmopt quantize`` wrote, or another weight-only ``pack-quantized``
-            compressed-tensors checkpoint.
+        directory: what ``llmopt quantize`` wrote, or another weight-only checkpoint in a
+            format that llmopt reads.
         device: where the model lives. On a GPU its 4- and 8-bit layers take the layout of the
             Triton kernel as they arrive there.
         dtype: of activations and of what is not quantized; ``None`` is the checkpoint's own. On a

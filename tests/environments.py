@@ -19,7 +19,7 @@ def consumer_environment(name: str) -> Environment:
 
 
 def main(names: Sequence[str]) -> int:
-    """Build the named consumers' environments; one that cannot be had is told, not fatal."""
+    """Build the named consumers' environments; the tests of one that cannot be had will fail."""
     for name in names or INTEROP_ENVIRONMENTS:
         try:
             print(f"{name}: {build(consumer_environment(name))}", flush=True)

@@ -121,7 +121,10 @@ def _source_line(setting: Setting, rows: Sequence[Row]) -> str:
 
 def _row_line(row: Row) -> str:
     if row.status != "measured":
-        return f"{row.quantizer} {row.method}: {row.status}: {row.reason.splitlines()[0]}"
+        lines = row.reason.splitlines()
+        # Of a traceback, what went wrong stands at its end.
+        reason = " ".join(dict.fromkeys((lines[0], lines[-1].strip())))
+        return f"{row.quantizer} {row.method}: {row.status}: {reason}"
     parts = [", ".join(f"{name} {number}" for name, number in row.versions.items())]
     if row.phases_s:
         parts.append(", ".join(f"{name} {value:.1f} s" for name, value in row.phases_s.items()))

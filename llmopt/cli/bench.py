@@ -16,8 +16,10 @@ app = typer.Typer(no_args_is_help=True, help="Benchmarks beside the peers and th
 def quantize(
     destination: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")],
     peer: Annotated[
-        list[str] | None, typer.Option(help="llm-compressor, gptqmodel; may be repeated.")
+        list[str] | None,
+        typer.Option(help="llm-compressor, gptqmodel; may be repeated. [default: all]"),
     ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Measure llmopt without peers.")] = False,
     method: Annotated[
         list[str] | None, typer.Option(help="gptq or awq; may be repeated. [default: gptq]")
     ] = None,
@@ -38,12 +40,12 @@ def quantize(
 
     Peers are installed once, in environments of their own in llmopt's cache.
     """
-    from llmopt.bench.peers import check_method, find_peers
+    from llmopt.bench.peers import PEERS, check_method, find_peers
     from llmopt.bench.quantize import BenchOptions, bench_quantize, check_output_file, exit_code
     from llmopt.bench.table import markdown_table, render_table
 
     check_output_file(destination)
-    peers = tuple(find_peers(peer or []))
+    peers = () if alone else tuple(find_peers(peer or list(PEERS)))
     methods = tuple(check_method(name) for name in method or ["gptq"])
     model = model or _own_model()
     options = BenchOptions(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from bench.conftest import Made
+from rich.console import Console
 from typer.testing import CliRunner
 
 import llmopt.bench.quantize as bench
@@ -122,8 +124,11 @@ def test_tables_have_every_row_and_the_reasons(report: BenchReport) -> None:
     assert all(len(cells) == len(HEADINGS) for cells in table_rows(report))
     text = markdown_table(report)
     assert "| works | gptq | W4A16 g128 sym | 2.0 |" in text
-    assert "cannot do awq today" in text or "ended with status" in text
-    assert render_table(report)
+    assert "works awq: failed: " in text and "cannot do awq today" in text
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render_table(report))
+    shown = console.export_text()
+    assert "works" in shown and "unavailable" in shown and "cannot do awq today" in shown
 
 
 def test_peers_stand_beside_llmopt_in_what_they_can(played: BenchOptions) -> None:
