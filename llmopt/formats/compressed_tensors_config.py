@@ -21,6 +21,12 @@ _STORED_ORDERS: dict[JsonValue, ActivationOrder] = {
     False: "none",
 }
 _WHERE = "the compressed-tensors config"
+# Without these the same weights are another model.
+_MORE_THAN_WEIGHTS = {
+    "transform_config": "transforms activations",
+    "kv_cache_scheme": "quantizes the cache of keys and values",
+    "sparsity_config": "stores sparse weights",
+}
 _MEND = "mend config.json, or take the model from its maker again"
 
 
@@ -94,11 +100,14 @@ def read_config(config: Mapping[str, JsonValue]) -> CompressedTensorsSchemes:
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise BadInputError("the compressed-tensors config has no config_groups", _MEND)
-    if config.get("transform_config"):
-        raise BadInputError(
-            "the compressed-tensors config transforms activations (transform_config)",
-            "llmopt reads weights alone; take the model without transforms",
-        )
+    for key, does in _MORE_THAN_WEIGHTS.items():
+        section = config.get(key)
+        dense = isinstance(section, dict) and section.get("format") == "dense"
+        if section and not (key == "sparsity_config" and dense):
+            raise BadInputError(
+                f"{_WHERE} {does} ({key})",
+                "llmopt reads quantized weights alone; take the model without it",
+            )
     found: list[tuple[Target, Scheme]] = []
     for name, group in groups.items():
         targets, scheme = _read_group(name, group, config.get("format"))
@@ -112,10 +121,11 @@ def _read_group(
     if not isinstance(group, dict):  # `W4A16: [Linear]`, a preset of the library by its name
         raise BadInputError(f"compressed-tensors {name} is not spelled out", _MEND)
     layout = group.get("format") or default_layout
-    if layout != "pack-quantized" or group.get("input_activations"):
+    activations = [key for key in ("input_activations", "output_activations") if group.get(key)]
+    if layout != "pack-quantized" or activations:
+        quantized = f" with quantized {activations[0].replace('_', ' ')}" if activations else ""
         raise BadInputError(
-            f"compressed-tensors {name} is {layout} with input activations "
-            f"{group.get('input_activations')}",
+            f"compressed-tensors {name} is {layout}{quantized}",
             "llmopt reads weight-only pack-quantized checkpoints",
         )
     weights = group.get("weights")

@@ -136,6 +136,23 @@ def test_a_section_that_is_no_mapping_is_refused(tmp_path):
         quantization_config(open_checkpoint(tmp_path))
 
 
+PLAIN = {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}
+
+
+def test_what_changes_nothing_may_stand_in_a_section():
+    section = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"g": {**PLAIN, "input_activations": None, "output_activations": None}},
+        "kv_cache_scheme": None,
+        "sparsity_config": {"format": "dense", "global_sparsity": 0.1},
+        "transform_config": {},
+    }
+    form = FORMATS["compressed-tensors"]
+    assert form.schemes(section).scheme_of("m") == Scheme(4, 32)
+    assert form.schemes({**section, "sparsity_config": {}}).scheme_of("m") == Scheme(4, 32)
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -148,11 +165,19 @@ def test_a_section_that_is_no_mapping_is_refused(tmp_path):
             "tensor None",
         ),
         ({"transform_config": {"config_groups": {}, "x": 1}}, "transforms activations"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "cache .*kv_cache_scheme"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse .*sparsity_config"),
+        ({"sparsity_config": "2:4"}, "sparse .*sparsity_config"),
+        ({"config_groups": {"g": {**PLAIN, "input_activations": {"num_bits": 8}}}}, "input act"),
+        (
+            {"config_groups": {"g": {**PLAIN, "output_activations": {"num_bits": 8}}}},
+            "output activations",
+        ),
     ],
 )
 def test_compressed_tensors_sections_that_cannot_be_read(section, message):
     form = FORMATS["compressed-tensors"]
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized", **section}
-    config = {"config_groups": {"g": {}}, **config} if "transform_config" in section else config
+    config = {"config_groups": {"g": PLAIN}, **config}
     with pytest.raises(BadInputError, match=message):
         form.schemes(config)
