@@ -18,8 +18,9 @@ from llmopt.quantization.scheme import ActivationOrder, Scheme
 Shard = Literal["in", "out"]
 """The dimension that ranks divide: input features of o and down, output of q/k/v and gate/up."""
 
-# Model types whose rotary base is this in transformers 4 where config.json does not say.
-_ROPE_THETA_10000 = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "olmo2"}
+# Model types whose rotary base is this in transformers 4 where config.json does not say; of those
+# that auto-gptq opens.
+_ROPE_THETA_10000 = {"llama", "mistral", "qwen2", "gemma"}
 
 _Refused = Literal[
     "bits",
@@ -33,6 +34,7 @@ _Refused = Literal[
     "checkpoint_format",
     "asymmetric_checkpoint_formats",
     "kept_layers",
+    "model_types",
     "transformers_4",
     "experts",
 ]
@@ -56,6 +58,7 @@ class FormatSupport(_Section):
     checkpoint_formats: tuple[str, ...] | None = None
     asymmetric_checkpoint_formats: tuple[str, ...] | None = None
     kept_layers: bool = True
+    model_types: tuple[str, ...] | None = None
     transformers_4: bool = False
     experts: ExpertSupport | None = None
     reasons: dict[_Refused, str]
@@ -129,11 +132,14 @@ class FormatSupport(_Section):
         return self.experts.refusals(blocks, others)
 
     def config_refusal(self, config: Mapping[str, JsonValue]) -> str | None:
-        """Why it would misread a model of this ``config.json``, or ``None``."""
+        """Why it would not open a model of this ``config.json``, or misread it, or ``None``."""
+        model_type = config.get("model_type")
+        if self.model_types is not None and model_type not in self.model_types:
+            return f"model_type {model_type}: {self.reasons['model_types']}"
         rope = config.get("rope_parameters")
         if not self.transformers_4 or "rope_theta" in config or not isinstance(rope, dict):
             return None
-        told = (config.get("model_type"), rope.get("rope_type", "default"), rope.get("rope_theta"))
+        told = (model_type, rope.get("rope_type", "default"), rope.get("rope_theta"))
         if told[0] in _ROPE_THETA_10000 and told[1:] == ("default", 10000.0):
             return None
         return f"rope_theta is under rope_parameters alone: {self.reasons['transformers_4']}"

@@ -139,6 +139,7 @@ def test_a_consumer_cannot_open_and_lack_a_format():
         ({"model_type": "llama", "rope_parameters": {"rope_theta": 10000.0}}, False),
         ({"model_type": "llama", "rope_parameters": {"rope_theta": 500000.0}}, True),
         ({"model_type": "mixtral", "rope_parameters": {"rope_theta": 10000.0}}, True),
+        ({"model_type": "qwen2", "rope_parameters": {"rope_theta": 10000.0}}, False),
         (
             {
                 "model_type": "llama",
@@ -151,4 +152,12 @@ def test_a_consumer_cannot_open_and_lack_a_format():
 def test_a_config_that_transformers_4_would_misread_is_refused(config, refused):
     archived = CONSUMERS["auto-gptq"].formats["gptq"]
     assert (archived.config_refusal(config) is not None) == refused
+    assert CONSUMERS["gptqmodel"].formats["gptq"].config_refusal(config) is None
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "phi3", "gemma2", "gemma3", "olmo2", None])
+def test_a_model_type_that_the_consumer_does_not_list_is_refused(model_type):
+    config = {"model_type": model_type, "rope_theta": 10000.0}
+    refusal = CONSUMERS["auto-gptq"].formats["gptq"].config_refusal(config)
+    assert refusal == f'model_type {model_type}: "isn\'t supported yet."'
     assert CONSUMERS["gptqmodel"].formats["gptq"].config_refusal(config) is None
