@@ -77,21 +77,38 @@ def rules(
     for name, scheme in schemes.items():
         own = scheme_keys(scheme)
         if own != keys:
-            dynamic[f"+:{_pattern(name, fused=True)}"] = own
+            dynamic[f"+:{_pattern(name)}"] = own
     found: dict[str, JsonValue] = {"dynamic": dynamic} if dynamic else {}
-    if kept and not any(name.startswith("re:") for name in schemes):
+    if kept:
         # optimum knows no `dynamic`; it takes layers whose name ends with one of these.
-        found["modules_in_block_to_quantize"] = [list(schemes)]
+        found["modules_in_block_to_quantize"] = [[_literal_end(name) for name in schemes]]
     return found
 
 
-def _pattern(name: str, *, fused: bool = False) -> str:
-    if name.startswith("re:"):
-        return name.removeprefix("re:")
-    parent, dot, last = name.rpartition(".")
-    if fused and last in _FUSED:
-        return f"{re.escape(parent + dot)}(?:{last}|{_FUSED[last]})$"
-    return f"{re.escape(name)}$"
+def _pattern(name: str) -> str:
+    """The expression of a rule, which takes vLLM's name of a layer that it fuses as well."""
+    pattern = name.removeprefix("re:") if name.startswith("re:") else f"{re.escape(name)}$"
+    last = re.search(r"\w+(?=\$$)", pattern)
+    if last is None or last[0] not in _FUSED:
+        return pattern
+    return f"{pattern[: last.start()]}(?:{last[0]}|{_FUSED[last[0]]})$"
+
+
+def _literal_end(name: str) -> str:
+    r"""What every module ends with that a name stands for: `re:.*text.*\.0\.q$` gives `.0.q`.
+
+    Raises:
+        BadInputError: an expression that ends with none.
+    """
+    if not name.startswith("re:"):
+        return name
+    end = re.search(r"((?:\\\W|[\w-])+)\$$", name)
+    if end is None:
+        raise BadInputError(
+            f"{name} does not say how the names of its layers end",
+            "optimum finds layers by that; choose compressed-tensors",
+        )
+    return re.sub(r"\\(\W)", r"\1", end[1])
 
 
 def read_config(config: Mapping[str, JsonValue]) -> GPTQSchemes:

@@ -79,13 +79,61 @@ def test_mixed_schemes_and_kept_layers_come_back():
     assert table.scheme_of("m.0.qkv_proj") == W4
 
 
+def taken_by_optimum(config, module):
+    """As optimum decides which layers of the text model's blocks it replaces by packed ones."""
+    return any(module.endswith(name) for name in sum(config["modules_in_block_to_quantize"], []))
+
+
+@pytest.mark.parametrize(
+    ("written", "looked_up"),
+    [
+        (r"re:.*text_model.*\.layers\.{}$", "model.text_model.layers.{}"),
+        (r"re:(?:model\.)?layers\.{}$", "model.layers.{}"),
+        (r"re:(?:model\.)?layers\.{}$", "layers.{}"),
+        ("model.layers.{}", "model.layers.{}"),
+    ],
+    ids=["wrapper", "bare body", "bare body, its own names", "plain"],
+)
+def test_each_consumer_finds_the_kept_layers_and_the_rules(written, looked_up):
+    def name(layer):
+        return written.format(layer.replace(".", r"\.") if written.startswith("re:") else layer)
+
+    schemes = {
+        name("1.self_attn.o_proj"): W4,
+        name("1.mlp.down_proj"): W4,
+        name("1.mlp.gate_proj"): Scheme(8, 32),
+        name("1.mlp.up_proj"): Scheme(8, 32),
+    }
+    kept = [name(f"1.self_attn.{part}_proj") for part in "qkv"] + [name("11.mlp.down_proj")]
+    config = FORM.config(schemes, ["lm_head", *kept])
+    table = FORM.schemes(config)
+    meant = {
+        "1.self_attn.o_proj": W4,
+        "1.mlp.down_proj": W4,
+        "1.mlp.gate_proj": Scheme(8, 32),
+        "1.mlp.gate_up_proj": Scheme(8, 32),
+        "1.self_attn.q_proj": None,
+        "1.self_attn.qkv_proj": None,
+        "11.mlp.down_proj": None,
+    }
+    assert {layer: table.scheme_of(looked_up.format(layer)) for layer in meant} == meant
+    for layer, scheme in meant.items():
+        if layer != "1.mlp.gate_up_proj":  # transformers does not fuse
+            assert taken_by_optimum(config, looked_up.format(layer)) == (scheme is not None), layer
+
+
 def test_names_that_are_patterns_become_rules():
     schemes = {r"re:.*text.*\.0\.q$": W4, r"re:.*text.*\.1\.q$": Scheme(8, 32)}
     config = FORM.config(schemes, ["lm_head", r"re:.*text.*\.2\.q$"])
-    assert "modules_in_block_to_quantize" not in config
+    assert config["modules_in_block_to_quantize"] == [[".0.q", ".1.q"]]
     table = FORM.schemes(config)
     assert table.scheme_of("text.model.1.q") == Scheme(8, 32)
     assert table.scheme_of("text.model.2.q") is None
+
+
+def test_a_pattern_without_an_end_is_refused_where_layers_are_kept():
+    with pytest.raises(BadInputError, match="does not say how the names"):
+        FORM.config({"re:.*text.*": W4}, ["a"])
 
 
 def test_gptqmodels_config_is_read():
