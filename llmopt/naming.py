@@ -25,7 +25,8 @@ def ignored_names(
         structure: of it.
         kept: memory names of the linear layers inside the blocks that stay in 16 bit.
         patterns: if not, each name is such a part of the names it stands for as all consumers'
-            names for them hold.
+            names for them hold: their end; of a component the word for it (vLLM, AutoAWQ), and
+            again from the beginning (transformers).
 
     Returns:
         The head (which engines make a module of even where it is tied), then ``kept``, then
@@ -41,7 +42,12 @@ def ignored_names(
     kept = [*kept, *routers]
     if not patterns:
         names += [_shared_part(structure, name) for name in kept]
-        names += [part for part, _ in _outside_names(source, structure)]
+        body = structure.anatomy.body
+        for part, pattern in _outside_names(source, structure):
+            names.append(part)
+            if pattern.startswith("re:"):
+                # transformers looks for a component from the beginning of its name in memory.
+                names.append(f"{body}.{part}")
         return tuple(dict.fromkeys(names))
     if is_wrapped(structure):
         names.append(f"re:.*\\.{re.escape(head)}$")

@@ -192,7 +192,9 @@ def test_awq_names_what_it_skips_by_parts_of_names(tmp_path: Path) -> None:
         "lm_head",
         "layers.1.mlp.down_proj",
         "vision_tower",
+        "model.vision_tower",
         "multi_modal_projector",
+        "model.multi_modal_projector",
     }
     schemes = config_names(structure, {"model.layers.0.mlp.down_proj": W4})
     table = FORMATS["awq"].schemes(FORMATS["awq"].config(schemes, skipped))
@@ -200,3 +202,26 @@ def test_awq_names_what_it_skips_by_parts_of_names(tmp_path: Path) -> None:
     assert table.scheme_of(f"{body}0.mlp.down_proj") is not None
     assert table.scheme_of(f"{body}1.mlp.down_proj") is None
     assert table.scheme_of("model.vision_tower.encoder.layers.0.mlp.fc1") is None
+
+
+@pytest.mark.parametrize("names_in_memory", [False, True])
+def test_transformers_leaves_alone_what_an_awq_file_skips(
+    tmp_path: Path, names_in_memory: bool
+) -> None:
+    from transformers import Gemma3ForConditionalGeneration
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    config = gemma3_multimodal_config()
+    write_checkpoint(tmp_path, config, names_in_memory=names_in_memory)
+    reader = open_checkpoint(tmp_path)
+    kept = ("model.layers.1.mlp.down_proj",)
+    skipped = ignored_names(reader, read_structure(reader), kept, patterns=False)
+    with torch.device("meta"):
+        model = Gemma3ForConditionalGeneration(config)
+    linears = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    converted = {name for name in linears if should_convert_module(name, list(skipped))}
+    text = {name for name in linears if name.startswith("model.language_model.")}
+    assert len(linears - text) > 1
+    assert converted == text - {"model.language_model.layers.1.mlp.down_proj"}
