@@ -12,7 +12,7 @@ from llmopt.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmopt.checkpoint.scan import combined_digest, tensor_digest
 from llmopt.checkpoint.structure import ModelStructure, read_structure
 from llmopt.contract import check_consumer
-from llmopt.errors import BadInputError, ContractError
+from llmopt.errors import BadInputError, ContractError, Outcome
 from llmopt.formats import choose_format
 from llmopt.formats.base import Format
 from llmopt.formats.consumers import load_consumers
@@ -21,7 +21,8 @@ from llmopt.formats.parts import trivial_groups
 from llmopt.progress import Progress, silent
 from llmopt.quantization.quantized_tensor import QuantizedTensor
 from llmopt.quantization.scheme import Scheme
-from llmopt.report.schema import Consumer
+from llmopt.report.json_file import read_json
+from llmopt.report.schema import JSON_NAME, Consumer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Conversion:
         codes: digest of each quantized weight in its output scheme, by disk name.
         copied: digest of every other tensor, by name.
         consumers: that the output was held to.
+        gated: the verdict on the source, ``None`` if llmopt gave none.
     """
 
     reader: CheckpointReader
@@ -49,6 +51,7 @@ class Conversion:
     codes: Mapping[str, str]
     copied: Mapping[str, str]
     consumers: tuple[Consumer, ...]
+    gated: Outcome | None
 
     @property
     def sha256(self) -> str:
@@ -88,10 +91,12 @@ def plan_conversion(
 
     Raises:
         ContractError: the target cannot hold the source exactly, or a consumer would refuse it.
-        BadInputError: a source that cannot be read, or is in that format already.
+        BadInputError: a source that cannot be read, its report included, or that is in that
+            format already.
     """
     form = choose_format(to, checkpoint_format)
     reader = open_checkpoint(Path(directory))
+    gated = _read_verdict(reader.path)
     source = DequantizedSource(reader)
     if (source.form.name, source.form.checkpoint_format) == (form.name, form.checkpoint_format):
         raise BadInputError(
@@ -123,7 +128,9 @@ def plan_conversion(
     for done, name in enumerate(rest):
         progress("hash the rest", done, len(rest))
         copied[name] = tensor_digest(reader.read(name))
-    return Conversion(reader, source, structure, form, schemes, assigned, codes, copied, held)
+    return Conversion(
+        reader, source, structure, form, schemes, assigned, codes, copied, held, gated
+    )
 
 
 def in_scheme(tensor: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
@@ -137,6 +144,19 @@ def in_scheme(tensor: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
         group_index=tensor.group_index if scheme.activation_order == "group" else None,
         scheme=scheme,
     )
+
+
+def _read_verdict(directory: Path) -> Outcome | None:
+    file = directory / JSON_NAME
+    if not file.is_file():
+        return None
+    try:
+        return read_json(file).verdict.outcome
+    except BadInputError as error:
+        # It may say that the source failed; a report without a verdict would hide that.
+        raise BadInputError(
+            error.what, f"{error.remedy}; or move it away: the source then counts as not judged"
+        ) from error
 
 
 def _zero_points(tensor: QuantizedTensor) -> torch.Tensor:

@@ -25,8 +25,7 @@ from llmopt.naming import config_names, ignored_names
 from llmopt.progress import Progress, silent
 from llmopt.report.conversion import ConversionReport, ConvertedFrom, write_conversion
 from llmopt.report.integrity import hash_files
-from llmopt.report.json_file import read_json
-from llmopt.report.schema import JSON_NAME, CompanionFiles
+from llmopt.report.schema import CompanionFiles
 from llmopt.roundtrip import check_round_trip
 from llmopt.writing import write_config
 
@@ -161,8 +160,7 @@ def _check_equal(plan: Conversion, directory: Path, progress: Progress) -> None:
 def _report(
     plan: Conversion, artifact: Artifact, companions: Companions, different: str | None
 ) -> None:
-    source, report_file = plan.source, plan.reader.path / JSON_NAME
-    gated = read_json(report_file).verdict.outcome if report_file.is_file() else None
+    source = plan.source
     report = ConversionReport(
         llmopt_version=llmopt.__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -172,7 +170,7 @@ def _report(
             format=source.form.name,
             checkpoint_format=source.form.checkpoint_format,
             sha256=plan.sha256,
-            gated=gated,
+            gated=plan.gated,
         ),
         format=plan.form.name,
         checkpoint_format=plan.form.checkpoint_format,

@@ -18,9 +18,8 @@ _OTHER_WEIGHTS = PICKLE_SUFFIXES | {
     ".safetensors", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz", ".npy",
     ".tflite", ".mlmodel", ".engine", ".nemo",
 }  # fmt: skip
-_WRITTEN_ANEW = frozenset(
-    {"config.json", "llmopt.json", "report.html", "quantize_config.json", "quant_config.json"}
-)
+_WRITTEN_ANEW = frozenset({"config.json", "quantize_config.json", "quant_config.json"})
+_REPORTS = frozenset({"llmopt.json", "report.html", "conversion.json"})
 _RENAMED = {"README.md": "README.source.md"}  # README.md will be the model card of the output
 _CHUNK_BYTES = 1 << 24
 
@@ -163,6 +162,8 @@ def _file_reason(relative: Path) -> str | None:
         return "Python code is not carried"
     if name.endswith(".index.json") or str(relative) in _WRITTEN_ANEW:
         return "written anew for the output"
+    if str(relative) in _REPORTS:
+        return "a report on the source"
     if name == "model.safetensors" or name.startswith("model-") and name.endswith(".safetensors"):
         return "the weights themselves: see the ledger"
     if relative.suffix in _OTHER_WEIGHTS:

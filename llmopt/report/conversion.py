@@ -6,15 +6,20 @@ It lies beside the weights as ``conversion.json``, with a model card that says t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeInt
 
 from llmopt.checkpoint.durable import write_bytes
 from llmopt.errors import Outcome
-from llmopt.report.schema import CARD_NAME, CompanionFiles, Consumer, FileHash, Record
-
-CONVERSION_NAME: Final = "conversion.json"
+from llmopt.report.schema import (
+    CARD_NAME,
+    CONVERSION_NAME,
+    CompanionFiles,
+    Consumer,
+    FileHash,
+    Record,
+)
 
 
 class ConvertedFrom(Record):

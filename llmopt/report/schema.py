@@ -19,7 +19,8 @@ SCHEMA_VERSION: Final = 1
 JSON_NAME = "llmopt.json"
 CARD_NAME = "README.md"
 HTML_NAME = "report.html"
-REPORT_FILES = frozenset({JSON_NAME, CARD_NAME, HTML_NAME})
+CONVERSION_NAME = "conversion.json"
+REPORT_FILES = frozenset({JSON_NAME, CARD_NAME, HTML_NAME, CONVERSION_NAME})
 """The report's own files: they cannot hold their own hash."""
 
 
