@@ -210,15 +210,18 @@ def check_consumer(
     for members in _shared_inputs(structure):
         shard = _shard(structure, members)
         for layer in _layers_there(support, schemes, members):
-            faults = support.refusals(
-                schemes[layer[0]],
-                in_features=_shape(structure, layer[0])[1],
-                out_features_fused=sum(_shape(structure, member)[0] for member in layer),
-                tensor_parallel_size=tensor_parallel_size,
-                dtype=dtype_of(layer[0]),
-                shard=shard,
-            )
-            kernel_faults.update(dict.fromkeys(faults))
+            in_features = _shape(structure, layer[0])[1]
+            out_features = sum(_shape(structure, member)[0] for member in layer)
+            for dtype in dict.fromkeys(map(dtype_of, layer)):
+                faults = support.refusals(
+                    schemes[layer[0]],
+                    in_features,
+                    out_features,
+                    tensor_parallel_size,
+                    dtype,
+                    shard=shard,
+                )
+                kernel_faults.update(dict.fromkeys(faults))
     mixture = support.mixture_refusal(schemes.values())
     variant = support.checkpoint_format_refusal(form.checkpoint_format, schemes.values())
     kept = support.kept_refusal([name for name in assigned if name not in schemes])

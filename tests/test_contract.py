@@ -16,7 +16,7 @@ from support.tiny_models import (
 
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.structure import read_structure
-from llmopt.contract import Contract, draw_contract
+from llmopt.contract import Contract, check_consumer, draw_contract
 from llmopt.errors import BadInputError, ContractError
 from llmopt.recipe import load_recipe
 
@@ -112,6 +112,21 @@ def test_every_layer_of_a_shared_input_is_held_to_the_consumer(source: Path, lay
     odd = {"match": f"*.{layer}_proj", "scheme": {"group_size": 16}}
     fusing = contract(source, stage={"overrides": [odd]}, output={"consumers": ["vllm"]})
     assert any("group size 16" in refusal for refusal in fusing.refusals)
+
+
+def test_the_scales_of_every_layer_are_held_to_the_consumer(source: Path) -> None:
+    reader = open_checkpoint(source)
+    structure = read_structure(reader)
+    agreed = contract(source)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if name.endswith("v_proj") else torch.bfloat16
+
+    found = check_consumer(
+        "vllm", reader.config, structure, agreed.form, agreed.schemes, dtype_of, 1
+    )
+    details = [check.detail for check in found.checks if not check.passed]
+    assert details == ["float32 models: its weight-only kernels take 16-bit activations"]
 
 
 def test_rows_are_fused_only_where_the_consumer_fuses(tmp_path: Path) -> None:
