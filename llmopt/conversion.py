@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class _Found:
 
     scheme: Scheme
     shape: tuple[int, int]
+    scale_dtype: torch.dtype
     all_midpoint: bool
     some_zero: bool
     trivial: bool
@@ -117,7 +118,20 @@ def plan_conversion(
     schemes = _output_schemes(found)
     _refuse_inexact(form, found, schemes)
     assigned = {name: schemes.get(module) for module, name in linears.items()}
-    held = _hold_to_consumers(source, structure, form, assigned, consumers, tensor_parallel_size)
+    # Of the model and of its scales: a conversion leaves them as they are.
+    dtypes = {source.info(structure.embed_disk_name).dtype}
+    dtypes |= {layer.scale_dtype for layer in found.values()}
+
+    def check(name: str, dtype: torch.dtype) -> Consumer:
+        return check_consumer(
+            name, source.config, structure, form, assigned, lambda _: dtype, tensor_parallel_size
+        )
+
+    def check_all(name: str) -> Consumer:
+        checked = (check(name, dtype) for dtype in sorted(dtypes, key=str))
+        return max(checked, key=lambda consumer: len(consumer.refusals))
+
+    held = _hold_to_consumers(form, consumers, check_all)
     codes: dict[str, str] = {}
     for done, (module, scheme) in enumerate(schemes.items()):
         progress("hash codes", done, len(schemes))
@@ -180,6 +194,7 @@ def _look_at(tensor: QuantizedTensor) -> _Found:
     return _Found(
         scheme=tensor.scheme,
         shape=tensor.shape,
+        scale_dtype=tensor.scales.dtype,
         all_midpoint=zero_points is None or bool((zero_points == tensor.scheme.midpoint).all()),
         some_zero=zero_points is not None and bool((zero_points == 0).any()),
         trivial=index is None or torch.equal(index, trivial_groups(columns, per_group)),
@@ -218,21 +233,10 @@ def _refuse_inexact(
 
 
 def _hold_to_consumers(
-    source: DequantizedSource,
-    structure: ModelStructure,
-    form: Format,
-    assigned: Mapping[str, Scheme | None],
-    consumers: Sequence[str],
-    tensor_parallel_size: int,
+    form: Format, consumers: Sequence[str], check: Callable[[str], Consumer]
 ) -> tuple[Consumer, ...]:
-    dtype = source.info(structure.embed_disk_name).dtype
     names = consumers or [n for n, c in load_consumers().items() if form.name in c.formats]
-    held = [
-        check_consumer(
-            name, source.config, structure, form, assigned, lambda _: dtype, tensor_parallel_size
-        )
-        for name in names
-    ]
+    held = [check(name) for name in names]
     lines = [f"{consumer.name}: {why}" for consumer in held for why in consumer.refusals]
     opens = tuple(consumer for consumer in held if not consumer.refusals)
     if not opens or (consumers and lines):

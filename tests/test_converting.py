@@ -198,6 +198,31 @@ def test_a_consumer_that_would_refuse_it_is_named(tmp_path):
         convert(start, "gptq", tmp_path / "out", consumers=["vlm"])
 
 
+def test_a_consumer_is_held_to_the_element_type_of_every_layers_scales(tmp_path):
+    wide: list[torch.dtype] = []
+
+    def widen_one(tensor):
+        dtype = torch.float16 if wide else torch.float32
+        wide.append(dtype)
+        return dataclasses.replace(tensor, scales=tensor.scales.to(dtype))
+
+    start = source(tmp_path, FORMATS["gptq"], W4, change=widen_one)
+    assert wide.count(torch.float32) == 1 and len(wide) == 7
+    with pytest.raises(ContractError, match="vllm: float32 models"):
+        convert(start, "compressed-tensors", tmp_path / "out", consumers=["vllm"])
+    plan = plan_conversion(start, "compressed-tensors")
+    assert {held.name for held in plan.consumers} == {"transformers", "transformers-dequantize"}
+
+
+def test_a_consumer_is_held_to_the_element_type_of_the_model_too(tmp_path):
+    def narrow(tensor):
+        return dataclasses.replace(tensor, scales=tensor.scales.half())
+
+    start = source(tmp_path, FORMATS["gptq"], W4, change=narrow, dtype=torch.float32)
+    with pytest.raises(ContractError, match="vllm: float32 models"):
+        convert(start, "compressed-tensors", tmp_path / "out", consumers=["vllm"])
+
+
 @pytest.mark.parametrize("fault", ["codes", "scales", "norm", "config"])
 def test_what_is_not_equal_goes_to_quarantine(fault, tmp_path, monkeypatch):
     start = source(tmp_path, FORMATS["compressed-tensors"], W4)
