@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,14 @@ import torch
 from support.small_jobs import small_recipe, write_job, write_text
 from support.tiny_models import CONFIGS, build_model, rewrite_tensors, write_checkpoint
 from support.walking import open_walker, random_batch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llmopt.calibration.folds import Declined, Fold, find_folds
 from llmopt.calibration.hidden_states import HiddenStatePair
+from llmopt.calibration.probing import Run
 from llmopt.calibration.walker import BlockWalker
 from llmopt.checkpoint.reader import open_checkpoint
+from llmopt.errors import NumericalError
 from llmopt.pipeline import quantize
 from llmopt.quantization.awq import AWQOptions
 from llmopt.quantization.scheme import Scheme
@@ -21,10 +25,18 @@ OPTIONS = AWQOptions(num_scales=4)
 
 
 def scale(
-    folder: Path, directory: Path, block: int = 1, kept: tuple[str, ...] = ()
+    folder: Path,
+    directory: Path,
+    block: int = 1,
+    kept: tuple[str, ...] = (),
+    dtype: torch.dtype | None = None,
+    beside: float = 0.0,
 ) -> tuple[BlockWalker, BlockScaling, Tensor, Tensor]:
-    """Scale a block of a checkpoint; also the block's output before and after, in float32."""
-    walker = open_walker(directory)
+    """Scale a block of a checkpoint; also the block's output before and after, in float32.
+
+    Where ``beside`` is not 0 the block adds so much of the sine of its normed input.
+    """
+    walker = open_walker(directory, dtype)
     structure = walker.structure
     prefix = structure.block_prefix(block)
     schemes = {
@@ -37,10 +49,26 @@ def scale(
     states = HiddenStatePair.create(folder, shapes, structure.hidden_size, walker.dtype)
     walker.start(batches, states.inputs(0))
     with walker.materialise(block) as module:
+        if beside:
+            read_beside(module, beside)
         before = walker.forward(block, module, 0, states.inputs(0).read(0))
         scaling = scale_block(walker, block, module, states.inputs(0), OPTIONS, schemes, 1)
         after = walker.forward(block, module, 0, states.inputs(0).read(0))
     return walker, scaling, before, after
+
+
+def read_beside(module: nn.Module, strength: float) -> None:
+    normed: dict[str, Tensor] = {}
+
+    def note(_: nn.Module, __: object, given: dict[str, Tensor]) -> None:
+        normed["last"] = given["hidden_states"]
+
+    def add(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        return output + strength * normed["last"].sin()
+
+    attention = module.get_submodule("self_attn")
+    attention.register_forward_pre_hook(note, with_kwargs=True)
+    module.register_forward_hook(add)
 
 
 def outlying_channels(tensors: dict[str, Tensor]) -> None:
@@ -156,9 +184,64 @@ def test_a_recipe_of_two_stages_goes_down_the_road_and_helps(tmp_path: Path, sol
     assert all(layer.output_error and layer.num_tokens == 384 for layer in report.layers)
 
 
+NARROW = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    list(zip(["gemma3", "llama", "mixtral", "phi3"], [*NARROW, *NARROW], strict=True)),
+)
+def test_a_block_in_16_bit_is_scaled_as_exactly(
+    tmp_path: Path, architecture: str, dtype: torch.dtype
+) -> None:
+    write_checkpoint(tmp_path / "source", CONFIGS[architecture](), dtype=dtype)
+    rewrite_tensors(tmp_path / "source", outlying_channels)
+    _, wide, _, _ = scale(tmp_path, tmp_path / "source")
+    _, narrow, before, after = scale(tmp_path, tmp_path / "source", dtype=dtype)
+    assert before.dtype is after.dtype is dtype
+    assert [record.producer for record in narrow.records] == [r.producer for r in wide.records]
+    assert narrow.declined == wide.declined
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32])
+def test_a_norm_that_is_read_beside_the_layers_is_declined_in_every_element_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    from llmopt import scaling
+
+    write_checkpoint(tmp_path / "source", CONFIGS["llama"](), dtype=dtype)
+    rewrite_tensors(tmp_path / "source", outlying_channels)
+    _, found, _, _ = scale(tmp_path, tmp_path / "source", dtype=dtype, beside=0.01)
+    reasons = {each.producer: each.reason for each in found.declined}
+    assert reasons["input_layernorm"] == "it reaches the block's output"
+
+    def believe(block: nn.Module, run: Run) -> tuple[list[Fold], list[Declined]]:
+        hooks, block._forward_hooks = block._forward_hooks, OrderedDict()
+        believed = find_folds(block, run)
+        block._forward_hooks = hooks
+        return believed
+
+    monkeypatch.setattr(scaling, "find_folds", believe)
+    with pytest.raises(NumericalError, match=r"model\.layers\.1 computes something else"):
+        scale(tmp_path, tmp_path / "source", dtype=dtype, beside=0.01)
+
+
+def test_a_block_that_adds_next_to_nothing_is_held_to_the_rounding_of_the_sum() -> None:
+    from llmopt.scaling import _check_unchanged
+
+    hidden = torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(0))
+    hidden[..., 4] = 1000.0  # massive in one channel, as first tokens are in real models
+    before = hidden + 1e-3 * torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(1))
+    rounded, moved = before.clone(), before.clone()
+    rounded[0, 3, 4] = torch.nextafter(before[0, 3, 4], torch.tensor(2000.0))
+    moved[0, 3, 4] += 0.01
+    _check_unchanged("block", hidden, before, rounded)
+    with pytest.raises(NumericalError, match="block computes something else"):
+        _check_unchanged("block", hidden, before, moved)
+
+
 def test_a_broken_fold_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmopt import scaling
-    from llmopt.errors import NumericalError
 
     write_checkpoint(tmp_path / "source", CONFIGS["llama"]())
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llmopt.calibration.probing import (
     Baseline,
     Run,
+    in_float32,
     norm_offset,
     probe,
     random_factors,
@@ -60,10 +61,11 @@ def find_folds(block: nn.Module, run: Run) -> tuple[list[Fold], list[Declined]]:
     """Find every exact rescaling in a decoder block.
 
     Args:
-        block: with its weights; they are as before when this returns.
-        run: runs the block on a few tokens, the same ones each time, and returns its output.
+        block: with its weights, in any element type; they are as before when this returns.
+        run: runs the block, whose weights are in float32 then, on a few tokens, the same ones each
+            time, and returns its output.
     """
-    with _every_token(block):
+    with in_float32(block), _every_token(block):
         baseline = watch_run(block, run)
         folds: list[Fold] = []
         declined: list[Declined] = []

@@ -1,4 +1,7 @@
-"""How a decoder block reacts to rescaled channels: one watched run, and probes against it."""
+"""How a decoder block reacts to rescaled channels: one watched run, and probes against it.
+
+All of it in float32: in 16 bit, who reads a channel past the layers is lost in rounding.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-_TOLERANCE_EPS = 8  # rounding, no more: powers of two are exact, and inputs are put back
+# Rounding in float32, no more: powers of two are exact, and inputs are put back.
+_TOLERANCE = 8 * torch.finfo(torch.float32).eps
 _EXPONENTS = (-2.0, -1.0, 1.0, 2.0)
 
 Run = Callable[[], Tensor]
@@ -46,6 +50,26 @@ class Baseline:
         for path in self.producers:
             roles.setdefault(role_of(path), []).append(path)
         return roles
+
+
+@contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """Widen a block's tensors for a while: what was not changed is as before afterwards.
+
+    A tensor at a time, so that the narrow ones do not stay beside them.
+    """
+    narrow = [
+        (tensor, tensor.dtype)
+        for tensor in (*block.parameters(), *block.buffers())
+        if tensor.dtype in (torch.float16, torch.bfloat16)
+    ]
+    for tensor, _ in narrow:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in narrow:
+            tensor.data = tensor.data.to(dtype)
 
 
 def watch_run(block: nn.Module, run: Run) -> Baseline:
@@ -197,12 +221,12 @@ def _channels(given: Tensor, expected: Tensor, factors: Tensor) -> Tensor | None
 
 
 def _close(given: Tensor, expected: Tensor) -> bool:
-    """Equal up to rounding, each channel in units of its own largest value."""
+    """Equal up to float32's rounding, each channel in units of its own largest value."""
     if given.shape != expected.shape:
         return False
     difference = (given - expected).abs().flatten(0, -2)
     largest = expected.abs().flatten(0, -2).amax(dim=0)
-    return bool((difference <= _TOLERANCE_EPS * torch.finfo(expected.dtype).eps * largest).all())
+    return bool((difference <= _TOLERANCE * largest).all())
 
 
 @contextmanager

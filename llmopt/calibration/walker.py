@@ -130,8 +130,14 @@ class BlockWalker:
     def forward_batch(
         self, block: int, module: nn.Module, batch: TokenBatch, hidden: Tensor
     ) -> Tensor:
-        """The same for a batch that is not on the walk, for example a few tokens of one that is."""
+        """The same for a batch that is not on the walk, for example a few tokens of one that is.
+
+        The call's masks and rotary embeddings follow the element type of `hidden`, so that a
+        module that was widened can be run.
+        """
         call = self._calls_of(batch)[block]
+        if hidden.dtype != self.dtype:
+            call = call.to(self.device, hidden.dtype)
         output = module(hidden.to(self.device), *call.args, **call.kwargs)
         assert isinstance(output, Tensor)
         return output

@@ -72,10 +72,10 @@ class BlockCall:
     args: tuple[object, ...]
     kwargs: dict[str, object]
 
-    def to(self, device: torch.device | str) -> BlockCall:
-        """The same call with every tensor on `device`."""
-        args = _moved(self.args, device)
-        kwargs = _moved(self.kwargs, device)
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BlockCall:
+        """The same call, every tensor on `device`; those of floating point in `dtype` if given."""
+        args = _moved(self.args, device, dtype)
+        kwargs = _moved(self.kwargs, device, dtype)
         assert isinstance(args, tuple) and isinstance(kwargs, dict)
         return BlockCall(args, kwargs)
 
@@ -88,13 +88,13 @@ class BodyRecord:
     calls: tuple[BlockCall, ...]
 
 
-def _moved(value: object, device: torch.device | str) -> object:
+def _moved(value: object, device: torch.device | str, dtype: torch.dtype | None) -> object:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, (tuple, list)):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(_moved(item, device, dtype) for item in value)
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: _moved(item, device, dtype) for key, item in value.items()}
     return value
 
 

@@ -123,8 +123,12 @@ class Relu(Block):
 
 
 class SecretReader(Block):
+    def __init__(self, strength: float = 0.1) -> None:
+        super().__init__()
+        self.strength = strength
+
     def beside(self, normed: Tensor, output: Tensor) -> Tensor:
-        return output + 0.1 * torch.sin(normed)
+        return output + self.strength * torch.sin(normed)
 
 
 class Router(nn.Module):
@@ -155,7 +159,10 @@ class Twice(Block):
 
 def found(block: Block) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     hidden = torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(1))
-    folds, declined = find_folds(block, lambda: block(hidden))
+    before = {name: (value, value.clone()) for name, value in block.state_dict().items()}
+    folds, declined = find_folds(block, lambda: block(hidden.to(block.norm.weight.dtype)))
+    for name, value in block.state_dict().items():
+        assert value.dtype is before[name][0].dtype and torch.equal(value, before[name][1])
     return (
         {fold.producer: fold.readers for fold in folds},
         {each.producer: each.reason for each in declined},
@@ -178,6 +185,21 @@ def test_a_reader_is_scaled_through_one_producer_alone() -> None:
 def test_who_reads_past_the_layers_is_noticed_in_the_blocks_output() -> None:
     folds, declined = found(SecretReader())
     assert folds == {"up": ("down",)} and declined["norm"] == "it reaches the block's output"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("strength", [0.1, 0.05, 0.02, 0.01, 0.001, 1e-4])
+def test_who_reads_past_the_layers_is_noticed_in_every_element_type(
+    dtype: torch.dtype, strength: float
+) -> None:
+    folds, declined = found(SecretReader(strength).to(dtype))
+    assert folds == {"up": ("down",)} and declined["norm"] == "it reaches the block's output"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_blocks_fold_as_wide_ones_do(dtype: torch.dtype) -> None:
+    assert found(Block().to(dtype))[0] == found(Block())[0]
+    assert found(Routed(honest=True).to(dtype))[0]["norm"] == ("gate", "up", "router")
 
 
 def test_a_router_is_a_reader_if_it_goes_by_its_weight() -> None:

@@ -22,10 +22,10 @@ def random_batch(rows: int, tokens: int, seed: int = 0) -> TokenBatch:
     return TokenBatch(torch.randint(VOCABULARY - 3, (rows, tokens), generator=generator))
 
 
-def open_walker(directory: Path) -> BlockWalker:
-    """A float32 walker on the CPU over the checkpoint in `directory`."""
+def open_walker(directory: Path, dtype: torch.dtype | None = None) -> BlockWalker:
+    """A walker on the CPU over the checkpoint in `directory`, in float32 unless told."""
     reader = open_checkpoint(directory)
-    return BlockWalker(read_structure(reader), reader)
+    return BlockWalker(read_structure(reader), reader, dtype=dtype)
 
 
 def walk(
