@@ -79,7 +79,10 @@ def _solve_parts(
         inputs, outputs = states.inputs(part.block), states.outputs(part.block)
         with walker.materialise(part.block) as module:
             scaling = _scale(job, walker, part.block, module, inputs)
-            solve = solve_block if job.recipe.quantize.solver == "gptq" else round_seen_block
+            solve = round_seen_block
+            if job.recipe.quantize.solver == "gptq":
+                solve = solve_block
+                scaling.statistics.clear()  # it gathers its own; two sets need not fit in memory
             solved = solve(
                 walker,
                 part.block,
@@ -90,6 +93,7 @@ def _solve_parts(
                 job.recipe.calibration.min_expert_tokens,
                 scaling,
             )
+            scaling.statistics.clear()
             advance(walker, part.block, module, inputs, outputs)
         outputs.flush()  # before the journal says that the next block has its inputs
         _write_part(job, artifact, index, solved, scaling)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from support.tiny_models import CONFIGS, build_model, rewrite_tensors, write_che
 from support.walking import open_walker, random_batch
 from torch import Tensor, nn
 
+from llmopt.calibration.block_pass import Group, collect
 from llmopt.calibration.folds import Declined, Fold, find_folds
 from llmopt.calibration.hidden_states import HiddenStatePair
 from llmopt.calibration.probing import Run
+from llmopt.calibration.statistics import InputStatistics
 from llmopt.calibration.walker import BlockWalker
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.errors import NumericalError
@@ -182,6 +186,31 @@ def test_a_recipe_of_two_stages_goes_down_the_road_and_helps(tmp_path: Path, sol
              (source, result.path)]  # fmt: skip
     assert norms[0].dtype == norms[1].dtype and not torch.equal(norms[0], norms[1])
     assert all(layer.output_error and layer.num_tokens == 384 for layer in report.layers)
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_second_moments_are_not_held_beside_another_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solver: str
+) -> None:
+    """GPTQ gathers its own; rounding uses those of scaling, and needs them no more afterwards."""
+    gathered: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def gather(*arguments: Any) -> dict[Group, InputStatistics]:
+        alive.append(sum(hessian() is not None for hessian in gathered))
+        statistics = collect(*arguments)
+        if solver == "rtn" or len(alive) % 2:  # the scale stage's, then one pass of the solver
+            gathered.extend(weakref.ref(each.hessian) for each in statistics.values())
+        return statistics
+
+    monkeypatch.setattr("llmopt.scaling.collect", gather)
+    monkeypatch.setattr("llmopt.solving.collect", gather)
+    stage = {"solver": solver, "scheme": {"bits": 4, "group_size": 32}}
+    if solver == "gptq":
+        stage["true_sequential"] = False
+    stages = [{"kind": "awq", "num_scales": 2}, stage]
+    quantize(write_job(tmp_path), small_recipe(write_text(tmp_path), stages=stages), tmp_path / "o")
+    assert alive == [0] * (6 if solver == "gptq" else 3)
 
 
 NARROW = [torch.bfloat16, torch.float16]
