@@ -19,6 +19,7 @@ import torch
 
 from llmopt.bench.evaluating import Evaluator, Quality, held_out_blocks
 from llmopt.bench.runners.run_llmopt import given_texts
+from llmopt.checkpoint.durable import storage_errors, write_bytes
 from llmopt.compressing import write_parts
 from llmopt.job import Job, prepare, stage_artifact
 from llmopt.pipeline import finish_directory
@@ -53,13 +54,17 @@ CHOICES: tuple[Choice, ...] = (
         "scales as each group is reached", {"static_groups": False}, {"activation_order": "none"}
     ),
     Choice("ranges not clipped", {"clip": "none"}),
-    Choice("clipped by the error of the weights", {"clip": "mse"}),
     Choice("clipped by the error of the output", {"clip": "activation"}),
     Choice("damping 0.001", {"damping": 0.001}),
     Choice("damping 0.1", {"damping": 0.1}),
     Choice("scales refined after rounding", {"refine_scales": True}),
+    Choice(
+        "clipped by the error of the output, refined",
+        {"clip": "activation", "refine_scales": True},
+    ),
     Choice("AWQ's scaling before it", awq=True),
     Choice("zero points", scheme={"symmetric": False}),
+    Choice("zero points, refined", {"refine_scales": True}, {"symmetric": False}),
     Choice("groups of 32", scheme={"group_size": 32}),
     Choice("plain rounding", {"solver": "rtn", "clip": "none"}, {"activation_order": "none"}),
     Choice(
@@ -68,9 +73,15 @@ CHOICES: tuple[Choice, ...] = (
         {"activation_order": "none"},
     ),
     Choice(
-        "AWQ: the same with scaling",
+        "the same with AWQ's scaling, symmetric",
         {"solver": "rtn", "clip": "activation"},
         {"activation_order": "none"},
+        awq=True,
+    ),
+    Choice(
+        "the same with zero points, refined, as int4-awq",
+        {"solver": "rtn", "clip": "activation", "refine_scales": True},
+        {"activation_order": "none", "symmetric": False},
         awq=True,
     ),
 )
@@ -115,6 +126,7 @@ def ablate(
     choices: Sequence[Choice] = CHOICES,
     held_out_tokens: int = 65_536,
     progress: Progress = silent,
+    output: Path | None = None,
 ) -> list[AblationRow]:
     """Quantize by every choice and measure it.
 
@@ -124,9 +136,11 @@ def ablate(
         choices: the rows.
         held_out_tokens: to measure on, or a block more.
         progress: told of every row.
+        output: Markdown file that holds the rows so far, whatever comes after them.
 
     Raises:
         LlmoptError: the model cannot be opened, or a choice does not fit it.
+        StorageError: a choice's files, or the table, cannot be written.
     """
     base = load_recipe(BASE)
     rows: list[AblationRow] = []
@@ -135,10 +149,13 @@ def ablate(
         evaluate = Evaluator(model, held_out_blocks(model, held_out_tokens), folder)
         for index, choice in enumerate(choices):
             progress("choices", index, len(choices))
-            output = folder / "output"
-            seconds, bits = _quantize(model, changed(base, choice), tokens, output)
-            rows.append(AblationRow(choice.label, bits, seconds, evaluate(output)))
-            shutil.rmtree(output)
+            quantized = folder / "output"
+            seconds, bits = _quantize(model, changed(base, choice), tokens, quantized)
+            rows.append(AblationRow(choice.label, bits, seconds, evaluate(quantized)))
+            if output is not None:
+                write_bytes(output, markdown_table(rows).encode())
+            with storage_errors(f"cannot remove {quantized}"):
+                shutil.rmtree(quantized)
     progress("choices", len(choices), len(choices))
     return rows
 
@@ -154,8 +171,10 @@ def _quantize(
         write_parts(job, artifact, silent)
         finish_directory(job, artifact)
         seconds = time.monotonic() - started
-        os.replace(artifact.directory, output)
-    shutil.rmtree(artifact.staging)
+        with storage_errors(f"cannot write {output}"):
+            os.replace(artifact.directory, output)
+    with storage_errors(f"cannot remove {artifact.staging}"):
+        shutil.rmtree(artifact.staging)
     return seconds, _stored_bits(job)
 
 

@@ -88,10 +88,8 @@ def ablate(
     model = model or _own_model()
     tokens = calibration_tokens(model, samples, length)
     with progress_bars() as progress:
-        rows = run(model, tokens, held_out_tokens=held_out, progress=progress)
-    table = markdown_table(rows)
-    destination.write_text(table, encoding="utf-8")
-    output.print(table, markup=False, highlight=False, soft_wrap=True)
+        rows = run(model, tokens, held_out_tokens=held_out, progress=progress, output=destination)
+    output.print(markdown_table(rows), markup=False, highlight=False, soft_wrap=True)
 
 
 def _own_model() -> Path:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 from bench.conftest import Made
 
 from llmopt.bench.ablation import BASE, CHOICES, Choice, ablate, changed, markdown_table
-from llmopt.errors import BadInputError
+from llmopt.errors import BadInputError, StorageError
 from llmopt.recipe import load_recipe
 
 
@@ -22,6 +23,12 @@ def test_every_choice_is_one_that_recipes_offer(choice: Choice) -> None:
     for key, value in choice.scheme.items():
         assert getattr(stage.scheme, key) == value
     assert len(recipe.stages) == (2 if choice.awq else 1)
+
+
+def test_no_two_choices_are_the_same() -> None:
+    base = load_recipe(BASE)
+    recipes = [changed(base, choice) for choice in CHOICES]
+    assert all(left != right for left, right in itertools.combinations(recipes, 2))
 
 
 def test_a_choice_that_recipes_do_not_offer_is_refused() -> None:
@@ -49,3 +56,21 @@ def test_rows_differ_as_their_choices_do(
     assert lines[2].startswith("| four bits | 4.5")
     assert lines[2].endswith("| 1.000 |")
     assert not list(tmp_path.iterdir())  # models are large
+
+
+def test_rows_are_kept_when_a_later_choice_fails(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    rounding = {"solver": "rtn", "clip": "none"}
+    scheme = {"group_size": 32, "activation_order": "none"}
+    choices = [Choice("good", rounding, scheme), Choice("bad", {"dampin": 0.1})]
+    table = tmp_path / "table.md"
+    with pytest.raises(BadInputError, match="bad: unknown key"):
+        ablate(made.source, made.tokens, choices=choices, held_out_tokens=512, output=table)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+    header, _, row = table.read_text(encoding="utf-8").splitlines()
+    assert header.startswith("| choice") and row.startswith("| good | 4.5")
+    gone = tmp_path / "gone" / "table.md"
+    with pytest.raises(StorageError, match="cannot write .*gone"):
+        ablate(made.source, made.tokens, choices=choices[:1], held_out_tokens=512, output=gone)
