@@ -35,6 +35,7 @@ _Refused = Literal[
     "asymmetric_checkpoint_formats",
     "kept_layers",
     "model_types",
+    "tied_head",
     "transformers_4",
     "experts",
 ]
@@ -59,6 +60,7 @@ class FormatSupport(_Section):
     asymmetric_checkpoint_formats: tuple[str, ...] | None = None
     kept_layers: bool = True
     model_types: tuple[str, ...] | None = None
+    tied_head: bool = True
     transformers_4: bool = False
     experts: ExpertSupport | None = None
     reasons: dict[_Refused, str]
@@ -136,6 +138,9 @@ class FormatSupport(_Section):
         model_type = config.get("model_type")
         if self.model_types is not None and model_type not in self.model_types:
             return f"model_type {model_type}: {self.reasons['model_types']}"
+        tied = config.get("tie_word_embeddings", model_type == "gemma")  # as transformers takes it
+        if tied and not self.tied_head:
+            return f"the head is the embedding: {self.reasons['tied_head']}"
         rope = config.get("rope_parameters")
         if not self.transformers_4 or "rope_theta" in config or not isinstance(rope, dict):
             return None

