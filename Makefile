@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed-by-make
 DEMO_FILES := demo-output .demo-output.llmopt-staging $(wildcard demo-output.quarantine*)
 
 # Of one check of the shipped kernels. Both are to take six minutes on two processors, 360 s each;
-# half as much again is for slower processors.
+# as much again is for slower processors and other work beside it.
 AOT_CPU_SECONDS := 720
 
 export PYTHONHASHSEED := 0
