@@ -18,6 +18,7 @@ from torch import Tensor
 from llmopt.errors import BadInputError
 from llmopt.formats.bitstream import pack_rows, unpack_rows
 from llmopt.formats.config_values import read_names, read_truth, read_whole
+from llmopt.formats.layer_names import check_layers
 from llmopt.formats.parts import SCALES, WORDS, check_midpoint, check_scales, read_part
 from llmopt.quantization.quantized_tensor import QuantizedTensor
 from llmopt.quantization.scheme import Scheme
@@ -129,10 +130,7 @@ class AWQ:
             BadInputError: if no layer is quantized, several schemes do not go together, or an
                 ignored name is part of a quantized layer's.
         """
-        if not schemes:
-            raise BadInputError(
-                "no linear layer would be quantized", "let the ignore list leave something"
-            )
+        check_layers(schemes, ())  # what is ignored is held to more below
         if why := self.mixture_refusal(set(schemes.values())):
             raise BadInputError(f"AWQ: {why}", "choose one group size, or another format")
         for name in ignored:

@@ -15,13 +15,13 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from llmopt.errors import BadInputError
 from llmopt.formats.bitstream import pack_rows, unpack_rows
 from llmopt.formats.compressed_tensors_config import (
     CompressedTensorsSchemes,
     read_config,
     weights_section,
 )
+from llmopt.formats.layer_names import check_layers
 from llmopt.formats.parts import (
     INDICES,
     SCALES,
@@ -135,14 +135,7 @@ class CompressedTensors:
         Raises:
             BadInputError: if no layer is quantized, or one is quantized and ignored.
         """
-        if not schemes:
-            raise BadInputError(
-                "no linear layer would be quantized", "let the ignore list leave something"
-            )
-        if both := sorted(set(schemes) & set(ignored)):
-            raise BadInputError(
-                f"{both[0]} is both quantized and ignored", "name it in one place only"
-            )
+        check_layers(schemes, ignored)
         targets: dict[Scheme, list[JsonValue]] = {}
         for module, scheme in schemes.items():
             targets.setdefault(scheme, []).append(module)

@@ -30,6 +30,7 @@ from llmopt.formats.gptq_config import (
     rules,
     scheme_keys,
 )
+from llmopt.formats.layer_names import check_layers
 from llmopt.formats.parts import (
     INDICES,
     SCALES,
@@ -200,14 +201,7 @@ class GPTQ:
         Raises:
             BadInputError: if no layer is quantized, or one is quantized and ignored.
         """
-        if not schemes:
-            raise BadInputError(
-                "no linear layer would be quantized", "let the ignore list leave something"
-            )
-        if both := sorted(set(schemes) & set(ignored)):
-            raise BadInputError(
-                f"{both[0]} is both quantized and ignored", "name it in one place only"
-            )
+        check_layers(schemes, ignored)
         base = Counter(schemes.values()).most_common(1)[0][0]
         config: dict[str, JsonValue] = {
             "quant_method": "gptq",
