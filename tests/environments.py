@@ -9,7 +9,7 @@ from pathlib import Path
 from llmopt.bench.environments import BuildError, Environment, build, frozen_environment
 from llmopt.bench.peers import REQUIREMENTS
 
-INTEROP_ENVIRONMENTS = ("transformers", "vllm", "gptqmodel", "archived")
+INTEROP_ENVIRONMENTS = ("transformers", "vllm", "gptqmodel", "archived", "llama-cpp")
 
 
 def consumer_environment(name: str) -> Environment:

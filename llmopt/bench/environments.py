@@ -61,19 +61,19 @@ def cache_folder() -> Path:
 def frozen_environment(name: str, requirements: Path) -> Environment:
     """The environment of ``requirements/NAME.txt``, which lists every package with its version.
 
-    torch goes first and with its dependencies, since they differ between its builds; the rest is
-    installed exactly as listed. Where the file pins setuptools and wheel, they go before the rest,
-    which may have to be built with them and with torch.
+    torch, where it is listed, goes first and with its dependencies, since they differ between its
+    builds; the rest is installed exactly as listed. Where the file pins setuptools and wheel, they
+    go before the rest, which may have to be built with them and with torch.
     """
     file = requirements / f"{name}.txt"
     content = file.read_text("utf-8")
     pins = [line.strip() for line in content.splitlines()]
-    torch = next(pin for pin in pins if pin.startswith("torch=="))
+    torch = [(pin,) for pin in pins if pin.startswith("torch==")]
     tools = tuple(pin for pin in pins if pin.startswith(BUILD_TOOLS))
     rest = ("--no-deps", "--requirement", str(file))
     if len(tools) < len(BUILD_TOOLS):
-        return Environment(name, ((torch,), rest), content)
-    steps = (torch,), ("--no-deps", *tools), ("--no-build-isolation", *rest)
+        return Environment(name, (*torch, rest), content)
+    steps = (*torch, ("--no-deps", *tools), ("--no-build-isolation", *rest))
     return Environment(name, steps, content)
 
 

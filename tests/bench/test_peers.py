@@ -50,3 +50,9 @@ def test_build_tools_go_before_what_is_built_with_them(tmp_path: Path) -> None:
     assert steps[2][:2] == ("--no-build-isolation", "--no-deps")
     (tmp_path / "peer.txt").write_text("peer==1\ntorch==2\n", "utf-8")
     assert len(frozen_environment("peer", tmp_path).steps) == 2
+
+
+def test_an_environment_without_torch_is_installed_as_listed(tmp_path: Path) -> None:
+    (tmp_path / "peer.txt").write_text("peer==1\nother==2\n", "utf-8")
+    ((*options, file),) = frozen_environment("peer", tmp_path).steps
+    assert options == ["--no-deps", "--requirement"] and file == str(tmp_path / "peer.txt")
