@@ -73,7 +73,7 @@ def cut_by(definition: Sequence[str]) -> Tokenizer:
     punctuation = pre_tokenizers.Punctuation("contiguous")
     return byte_level(
         [punctuation if step.startswith("punct") else isolating(step) for step in definition],
-        special=(END, "<s>", "</s>"),
+        special=(END, "<s>"),
     )
 
 
