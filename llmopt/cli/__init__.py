@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from llmopt.cli import bench, convert, demo, eval, inspect, quantize, recipes
+from llmopt.cli import bench, convert, demo, eval, inspect, quantize, recipes, serve
 from llmopt.cli.console import errors
 from llmopt.errors import AlreadyConcludedError, ExitCode, LlmoptError
 from llmopt_evals.errors import EvaluationError
@@ -28,6 +28,7 @@ for command in (
     demo.demo,
 ):
     app.command(name="eval" if command is eval.evaluate else None)(command)
+app.command(context_settings=serve.SETTINGS)(serve.serve)
 app.add_typer(bench.app, name="bench")
 
 
