@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmopt.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmopt.checkpoint.structure import read_structure
+from llmopt.checkpoint.tensor_source import TensorSource
 from llmopt.formats.gguf.architectures import FilePlan, plan_file
 from llmopt.formats.gguf.values import TypedValue, string, uint32
 from llmopt.formats.gguf.writer import TensorEntry, write_gguf
@@ -50,8 +51,8 @@ def longrope_config(**changes: Any) -> Any:
         "short_factor": [1.1, 1.3],
         "long_factor": [2.0, 5.0],
     }
-    values = {"rope_parameters": rope, "original_max_position_embeddings": 128}
-    return tiny_models.phi3_config(sliding_window=None, **values, **changes)
+    values = {"rope_parameters": rope, "original_max_position_embeddings": 128, **changes}
+    return tiny_models.phi3_config(sliding_window=None, **values)
 
 
 def linear_config(**changes: Any) -> Any:
@@ -116,7 +117,7 @@ def open_and_plan(directory: Path) -> tuple[CheckpointReader, FilePlan]:
 
 def write_plain(
     path: Path,
-    reader: CheckpointReader,
+    reader: TensorSource,
     plan: FilePlan,
     tokenizer: Mapping[str, TypedValue] | None = None,
     kind: str = "F32",

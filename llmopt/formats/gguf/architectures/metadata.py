@@ -80,11 +80,12 @@ def plan_metadata(family: Family, config: PreTrainedConfig, vocabulary: int) -> 
         "attention.value_length": uint32(head_size),
         "attention.layer_norm_rms_epsilon": float32(config.rms_norm_eps),
         **rotary.metadata,
-        **_window_values(family, config),
+        **_window_values(family, config, context),
         **_cap_values(config),
         **(_expert_values(config) if family.has_experts else {}),
     }
     named = {f"{family.architecture}.{key}": value for key, value in values.items()}
+    notes = (*notes, *rotary.notes)
     return PlannedMetadata({"general.type": string("model"), **named}, rotary.factors, notes)
 
 
@@ -176,23 +177,32 @@ def _context_length(family: Family, config: PreTrainedConfig) -> tuple[int, tupl
             "which llama.cpp must know",
             "add it to config.json",
         )
-    if family.has_windows or not any(window_flags(config)) or config.sliding_window >= length:
+    if _mixes_windows(family, config) or not any(window_flags(config)):
+        return int(length), ()
+    if config.sliding_window >= length:
         return int(length), ()
     window = int(config.sliding_window)
     return window, (
-        f"llama.cpp computes no sliding window in {family.architecture} models; the file's context "
-        f"length is the window, {window} (config.json: {length}), within which both compute the "
-        "same",
+        f"llama.cpp computes no sliding window in all blocks of {family.architecture} models; the "
+        f"file's context length is the window, {window} (config.json: {length}), within which both "
+        "compute the same",
     )
 
 
-def _window_values(family: Family, config: PreTrainedConfig) -> dict[str, TypedValue]:
+def _mixes_windows(family: Family, config: PreTrainedConfig) -> bool:
+    """Whether llama.cpp's graph of blocks with and without a window is the model's.
+
+    It asks for both kinds: with one alone, its cache of the other is empty, which it asserts.
+    """
     flags = window_flags(config)
-    if not family.has_windows or not any(flags):
-        if family.window_every and family.tied_head:
-            # Gemma 2's loader has windows whatever the file says.
-            return {"attention.sliding_window_pattern": booleans(flags)}
-        return {}
+    return family.has_windows and any(flags) and not all(flags)
+
+
+def _window_values(family: Family, config: PreTrainedConfig, context: int) -> dict[str, TypedValue]:
+    flags = window_flags(config)
+    if not _mixes_windows(family, config):
+        # Gemma 2's loader has windows whatever the file says: one as long as the context is none.
+        return {"attention.sliding_window": uint32(context)} if family.tied_head else {}
     values = {"attention.sliding_window": uint32(config.sliding_window)}
     if flags != default_windows(family, len(flags)):
         values["attention.sliding_window_pattern"] = booleans(flags)

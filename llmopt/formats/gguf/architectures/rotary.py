@@ -21,10 +21,12 @@ class Rotary:
     Attributes:
         metadata: below the architecture's prefix: ``rope.freq_base`` and its like.
         factors: tensors by which frequencies are divided, ``(rotated dimensions / 2,)``.
+        notes: what a person should know of it.
     """
 
     metadata: Mapping[str, TypedValue]
     factors: Mapping[str, tuple[float, ...]]
+    notes: tuple[str, ...] = ()
 
 
 def plan_rotary(
@@ -53,6 +55,7 @@ def plan_rotary(
         "rope.freq_base": float32(float(parameters["rope_theta"])),
     }
     factors: dict[str, tuple[float, ...]] = {}
+    notes: tuple[str, ...] = ()
     match kind:
         case "linear":
             metadata["rope.scaling.type"] = string("linear")
@@ -66,6 +69,11 @@ def plan_rotary(
             for length in ("long", "short"):
                 values = tuple(float(value) for value in parameters[f"{length}_factor"])
                 factors[f"rope_factors_{length}.weight"] = values
+            notes = (
+                "llama.cpp takes the long rotary factors for a context of more than "
+                f"{parameters['original_max_position_embeddings']} tokens, however short the text; "
+                "transformers goes by the text",
+            )
     if window is not None:
         if window.get("rope_type", "default") != "default":
             raise BadInputError(
@@ -74,7 +82,7 @@ def plan_rotary(
                 "write another format",
             )
         metadata["rope.freq_base_swa"] = float32(float(window["rope_theta"]))
-    return Rotary(metadata, factors)
+    return Rotary(metadata, factors, notes)
 
 
 def _refuse_unknown(family: Family, kind: str, parameters: Mapping[str, Any]) -> None:

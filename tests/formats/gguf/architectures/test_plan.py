@@ -96,7 +96,7 @@ def test_a_window_that_llama_cpp_does_not_compute_ends_the_context(tmp_path: Pat
     ):
         plan = plan_of(tmp_path / name, config)
         assert said(plan)["context_length"] == 8
-        assert "no sliding window" in plan.notes[0]
+        assert "no sliding window in all blocks" in plan.notes[0]
     plan = plan_of(tmp_path / "wide", tiny_models.mistral_config(sliding_window=256))
     assert (said(plan)["context_length"], plan.notes) == (256, ())
     plan = plan_of(tmp_path / "none", tiny_models.mistral_config(sliding_window=None))
@@ -116,10 +116,20 @@ def test_gemma_says_windows_and_caps(tmp_path: Path) -> None:
     assert "attn_logit_softcapping" not in third
 
 
-def test_a_gemma_2_that_sees_everything_says_so(tmp_path: Path) -> None:
+def test_a_gemma_2_that_sees_everything_has_a_window_of_its_whole_context(tmp_path: Path) -> None:
     config = gguf_models.gemma2_config(layer_types=["full_attention"] * 3)
     values = said(plan_of(tmp_path, config))
-    assert values["attention.sliding_window_pattern"] == (False, False, False)
+    assert values["attention.sliding_window"] == values["context_length"] == 256
+
+
+def test_a_gemma_of_windows_alone_ends_with_its_window(tmp_path: Path) -> None:
+    windows = {"layer_types": ["sliding_attention"] * 3}
+    second = said(plan_of(tmp_path / "2", gguf_models.gemma2_config(**windows)))
+    assert second["attention.sliding_window"] == second["context_length"] == 8
+    plan = plan_of(tmp_path / "3", gguf_models.gemma3_config(**windows))
+    assert said(plan)["context_length"] == 8
+    assert "attention.sliding_window" not in said(plan)
+    assert "no sliding window in all blocks" in plan.notes[0]
 
 
 def test_experts_are_counted_and_stacked(tmp_path: Path) -> None:
@@ -155,6 +165,7 @@ def test_yarn_and_longrope_say_their_attention_factor(tmp_path: Path) -> None:
     longrope = plan_of(tmp_path / "longrope", gguf_models.longrope_config())
     grown = math.sqrt(1 + math.log(2) / math.log(128))
     assert said(longrope)["rope.scaling.attn_factor"] == pytest.approx(grown)
+    assert "a context of more than 128 tokens" in longrope.notes[0]
     assert [t.gguf_name for t in longrope.tensors[1:3]] == [
         "rope_factors_long.weight",
         "rope_factors_short.weight",
