@@ -71,20 +71,39 @@ def _refine_rows(tensor: QuantizedTensor, weight: Tensor, hessian: Tensor, rows:
 
 
 def _round(before: Tensor, normal: Tensor, right: Tensor, stored: Tensor) -> Tensor:
-    """``before + A^-1 right``, rounded to the element type of ``stored (rows, groups)``."""
+    found, gain = round_solution(before, normal, right, stored)
+    kept = (gain > 0) & (found > 0).all(dim=1)
+    return torch.where(kept.unsqueeze(1), found, stored)
+
+
+def round_solution(
+    before: Tensor, normal: Tensor, right: Tensor, stored: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``before + A^-1 right`` rounded to the element type of ``stored``, and what that gains.
+
+    Args:
+        before: ``(rows, unknowns) float32``, ``stored`` in full precision.
+        normal: ``A (rows, unknowns, unknowns)``, positive semidefinite.
+        right: ``(rows, unknowns)``, of the change from ``before``.
+        stored: ``(rows, unknowns)``.
+
+    Returns:
+        the unknowns in the element type of ``stored``, and ``(rows,)`` by how much the error falls,
+        not positive where no sound solution was found.
+    """
     diagonal = normal.diagonal(dim1=1, dim2=2)
     damped = normal.clone()
     damped.diagonal(dim1=1, dim2=2).add_(torch.where(diagonal > 0, _RIDGE * diagonal, 1.0))
     factor, failures = torch.linalg.cholesky_ex(damped)
     wanted = before + torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
     found = torch.empty_like(stored)
-    off = torch.zeros_like(before)  # how far each scale ended from the wanted one
-    for group in reversed(range(before.shape[1])):
-        below = factor[:, group + 1 :, group]
-        pull = (below * off[:, group + 1 :]).sum(dim=1) / factor[:, group, group]
-        found[:, group] = (wanted[:, group] - pull).to(stored.dtype)
-        off[:, group] = found[:, group].float() - wanted[:, group]
+    off = torch.zeros_like(before)  # how far each unknown ended from the wanted one
+    for index in reversed(range(before.shape[1])):
+        below = factor[:, index + 1 :, index]
+        pull = (below * off[:, index + 1 :]).sum(dim=1) / factor[:, index, index]
+        found[:, index] = (wanted[:, index] - pull).to(stored.dtype)
+        off[:, index] = found[:, index].float() - wanted[:, index]
     change = found.float() - before
     gain = 2 * (right * change).sum(dim=1) - torch.einsum("rg,rgh,rh->r", change, normal, change)
-    sound = (failures == 0) & found.isfinite().all(dim=1) & (found > 0).all(dim=1)
-    return torch.where((sound & (gain > 0)).unsqueeze(1), found, stored)
+    sound = (failures == 0) & found.isfinite().all(dim=1) & gain.isfinite()
+    return found, torch.where(sound, gain, 0.0)
