@@ -91,7 +91,7 @@ class LlamaCppEngine:
         self._context: Any = None
         self._room = (0, 0)
         self._complaints: list[str] = []
-        # Both are told to C code by address, so they live as long as this object.
+        # C code is told its address, so it lives until another takes its place (see close).
         self._tell = llama_cpp.llama_log_callback(self._listen)
         llama_cpp.llama_log_set(self._tell, ctypes.c_void_p(0))
         parameters = llama_cpp.llama_model_default_params()
@@ -156,7 +156,7 @@ class LlamaCppEngine:
         if self._model:
             self._api.llama_model_free(self._model)
             self._model = None
-        self._api.llama_log_set(None, ctypes.c_void_p(0))  # C must not call what is no more
+        self._api.llama_log_set(self._api.llama_log_callback(), ctypes.c_void_p(0))
 
     def _decode(self, steps: Sequence[Step]) -> Tensor:
         batch = self._batch
