@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from llmopt.calibration.block_pass import advance
-from llmopt.calibration.hidden_states import HiddenStatePair, HiddenStates
-from llmopt.calibration.walker import BlockWalker, calibration_walker
+from llmopt.calibration.forwards import BlockForwards
+from llmopt.calibration.hidden_states import HiddenStatePair
+from llmopt.calibration.walker import calibration_walker
 from llmopt.checkpoint.artifact import Artifact, clear_folder
 from llmopt.checkpoint.journal import BlockEntry
 from llmopt.checkpoint.scan import tensor_digest
@@ -77,39 +76,34 @@ def _solve_parts(
             _write_part(job, artifact, index, [], BlockScaling())
             continue
         inputs, outputs = states.inputs(part.block), states.outputs(part.block)
-        with walker.materialise(part.block) as module:
-            scaling = _scale(job, walker, part.block, module, inputs)
+        with (
+            walker.materialise(part.block) as module,
+            BlockForwards(walker, part.block, module, inputs) as forwards,
+        ):
+            scaling = _scale(job, forwards)
             solve = round_seen_block
             if job.recipe.quantize.solver == "gptq":
                 solve = solve_block
                 scaling.statistics.clear()  # it gathers its own; two sets need not fit in memory
             solved = solve(
-                walker,
-                part.block,
-                module,
-                inputs,
+                forwards,
                 job.recipe.quantize,
                 job.contract.schemes,
                 job.recipe.calibration.min_expert_tokens,
                 scaling,
             )
             scaling.statistics.clear()
-            advance(walker, part.block, module, inputs, outputs)
+            forwards.advance(outputs)
         outputs.flush()  # before the journal says that the next block has its inputs
         _write_part(job, artifact, index, solved, scaling)
     progress("quantize", len(job.parts), len(job.parts))
 
 
-def _scale(
-    job: Job, walker: BlockWalker, block: int, module: nn.Module, inputs: HiddenStates
-) -> BlockScaling:
+def _scale(job: Job, forwards: BlockForwards) -> BlockScaling:
     if job.recipe.awq is None:
         return BlockScaling()
     return scale_block(
-        walker,
-        block,
-        module,
-        inputs,
+        forwards,
         job.recipe.awq.options(),
         job.contract.schemes,
         job.recipe.calibration.min_expert_tokens,

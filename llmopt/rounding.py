@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from llmopt.calibration.block_pass import check_experts, collect
-from llmopt.calibration.hidden_states import HiddenStates
+from llmopt.calibration.block_pass import check_experts
+from llmopt.calibration.forwards import BlockForwards
 from llmopt.calibration.statistics import InputStatistics
-from llmopt.calibration.walker import BlockWalker
 from llmopt.checkpoint.structure import ModelStructure
 from llmopt.checkpoint.tensor_source import TensorSource
 from llmopt.errors import NumericalError
@@ -63,34 +62,30 @@ def round_block(
 
 
 def round_seen_block(
-    walker: BlockWalker,
-    block: int,
-    module: nn.Module,
-    inputs: HiddenStates,
+    forwards: BlockForwards,
     stage: QuantizeStage,
     schemes: Mapping[str, Scheme],
     min_expert_tokens: int,
     scaling: BlockScaling,
 ) -> list[SolvedLinear]:
-    """Round a scaled block, or clip by its inputs; leave the dequantized weights in ``module``.
+    """Round a scaled block, or clip by its inputs; leave the dequantized weights in its module.
 
     One pass over the calibration batches is enough, and the scale stage's serves where there was
     one: what scaling made of the second moments can be computed.
 
     Args:
-        walker: started with the calibration batches.
-        block: which block.
-        module: the block, from ``walker.materialise``; its linear layers are changed.
-        inputs: the block's inputs.
+        forwards: of the block, over the calibration batches; its module's linear layers are
+            changed.
         stage: the recipe's stage.
         schemes: by memory name of the linear layers to quantize.
         min_expert_tokens: that every expert to quantize must have seen.
-        scaling: what was folded into ``module``.
+        scaling: what was folded into the module.
 
     Raises:
         BadInputError: experts that too few tokens are routed to.
         NumericalError: NaN or infinity in an input; the layer and sample are named.
     """
+    walker, block, module = forwards.walker, forwards.block, forwards.module
     structure = walker.structure
     prefix = structure.block_prefix(block)
     groups = [
@@ -100,7 +95,7 @@ def round_seen_block(
     ]
     if not groups:
         return []
-    statistics = scaling.statistics or collect(walker, block, module, inputs, groups)
+    statistics = scaling.statistics or forwards.collect(groups)
     check_experts(structure, block, statistics, min_expert_tokens)
     shared = {linear: statistics[group] for group in groups for linear in group}
     solved = []

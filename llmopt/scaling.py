@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from llmopt.calibration.block_pass import Group, check_experts, collect
+from llmopt.calibration.block_pass import Group, check_experts
 from llmopt.calibration.folds import Fold, find_folds
-from llmopt.calibration.hidden_states import HiddenStates
+from llmopt.calibration.forwards import BlockForwards
 from llmopt.calibration.probing import in_float32, role_of
 from llmopt.calibration.statistics import InputStatistics
 from llmopt.calibration.walker import BlockWalker, TokenBatch
@@ -76,21 +76,15 @@ class BlockScaling:
 
 
 def scale_block(
-    walker: BlockWalker,
-    block: int,
-    module: nn.Module,
-    inputs: HiddenStates,
+    forwards: BlockForwards,
     options: AWQOptions,
     schemes: Mapping[str, Scheme],
     min_expert_tokens: int,
 ) -> BlockScaling:
-    """Scale a block's channels; ``module`` is changed, what it computes is not.
+    """Scale a block's channels; its module is changed, what it computes is not.
 
     Args:
-        walker: started with the calibration batches.
-        block: which block.
-        module: the block, from ``walker.materialise``.
-        inputs: the block's inputs.
+        forwards: of the block, over the calibration batches.
         options: of the search.
         schemes: by memory name of the linear layers that will be quantized.
         min_expert_tokens: that every expert to quantize must have seen.
@@ -99,10 +93,11 @@ def scale_block(
         BadInputError: experts that too few tokens are routed to.
         NumericalError: NaN or infinity on the way, or the scaled block computes something else.
     """
+    walker, block, module = forwards.walker, forwards.block, forwards.module
     structure = walker.structure
     prefix = structure.block_prefix(block)
     few = _first_tokens(walker.batches[0])
-    hidden = inputs.read(0)[:1, : few.shape[1]].float().to(walker.device)
+    hidden = forwards.inputs.read(0)[:1, : few.shape[1]].float().to(walker.device)
 
     def run() -> Tensor:
         return walker.forward_batch(block, module, few, hidden)
@@ -121,7 +116,7 @@ def scale_block(
     )
     if not groups:
         return scaling
-    scaling.statistics = collect(walker, block, module, inputs, groups)
+    scaling.statistics = forwards.collect(groups)
     check_experts(structure, block, scaling.statistics, min_expert_tokens)
     folder = _Folder(walker, block, module, schemes, scaling)
     with in_float32(module):  # a scaled weight that is not rounded can be held to its source

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmopt.calibration.block_pass import Group, check_experts, collect
-from llmopt.calibration.hidden_states import HiddenStates
+from llmopt.calibration.block_pass import Group, check_experts
+from llmopt.calibration.forwards import BlockForwards
 from llmopt.calibration.statistics import InputStatistics
-from llmopt.calibration.walker import BlockWalker
 from llmopt.errors import NumericalError
 from llmopt.quantization.gptq import GPTQOptions, gptq
 from llmopt.quantization.quantized_tensor import QuantizedTensor
@@ -38,31 +37,27 @@ class SolvedLinear:
 
 
 def solve_block(
-    walker: BlockWalker,
-    block: int,
-    module: nn.Module,
-    inputs: HiddenStates,
+    forwards: BlockForwards,
     stage: QuantizeStage,
     schemes: Mapping[str, Scheme],
     min_expert_tokens: int,
     scaling: BlockScaling,
 ) -> list[SolvedLinear]:
-    """Quantize a block by GPTQ and leave the dequantized weights in ``module``.
+    """Quantize a block by GPTQ and leave the dequantized weights in its module.
 
     Args:
-        walker: started with the calibration batches.
-        block: which block.
-        module: the block, from ``walker.materialise``; its linear layers are changed.
-        inputs: the block's inputs.
+        forwards: of the block, over the calibration batches; its module's linear layers are
+            changed.
         stage: the recipe's stage.
         schemes: by memory name of the linear layers to quantize.
         min_expert_tokens: that every expert to quantize must have seen.
-        scaling: what was folded into ``module``.
+        scaling: what was folded into the module.
 
     Raises:
         BadInputError: experts that too few tokens are routed to.
         NumericalError: NaN or infinity in an input or a Hessian; the layer and sample are named.
     """
+    walker, block, module = forwards.walker, forwards.block, forwards.module
     structure = walker.structure
     prefix = structure.block_prefix(block)
     waves = [
@@ -73,7 +68,7 @@ def solve_block(
     for wanted in waves if stage.true_sequential else [sum(waves, [])]:
         if not wanted:
             continue
-        statistics = collect(walker, block, module, inputs, wanted)
+        statistics = forwards.collect_wave(wanted)
         check_experts(structure, block, statistics, min_expert_tokens)
         for linear, shared in _linears(wanted, statistics):
             name = f"{prefix}.{linear}"

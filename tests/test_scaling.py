@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmopt.calibration.block_pass import Group, collect
 from llmopt.calibration.folds import Declined, Fold, find_folds
+from llmopt.calibration.forwards import BlockForwards
 from llmopt.calibration.hidden_states import HiddenStatePair
 from llmopt.calibration.probing import Run
 from llmopt.calibration.statistics import InputStatistics
@@ -56,7 +57,8 @@ def scale(
         if beside:
             read_beside(module, beside)
         before = walker.forward(block, module, 0, states.inputs(0).read(0))
-        scaling = scale_block(walker, block, module, states.inputs(0), OPTIONS, schemes, 1)
+        with BlockForwards(walker, block, module, states.inputs(0)) as forwards:
+            scaling = scale_block(forwards, OPTIONS, schemes, 1)
         after = walker.forward(block, module, 0, states.inputs(0).read(0))
     return walker, scaling, before, after
 
@@ -203,8 +205,7 @@ def test_second_moments_are_not_held_beside_another_set(
             gathered.extend(weakref.ref(each.hessian) for each in statistics.values())
         return statistics
 
-    monkeypatch.setattr("llmopt.scaling.collect", gather)
-    monkeypatch.setattr("llmopt.solving.collect", gather)
+    monkeypatch.setattr("llmopt.calibration.forwards.collect", gather)
     stage = {"solver": solver, "scheme": {"bits": 4, "group_size": 32}}
     if solver == "gptq":
         stage["true_sequential"] = False

@@ -55,17 +55,14 @@ def collect(
         raise _AllCapturedError
 
     for group in groups:
-        linear = module.get_submodule(group[0])
-        assert isinstance(linear, nn.Linear)
-        name = ", ".join(f"{prefix}.{path}" for path in group)
-        statistics[group] = InputStatistics(name, linear.in_features, walker.device)
+        statistics[group] = empty_statistics(walker, block, module, group)
 
         def capture(_: nn.Module, args: tuple[Tensor, ...], group: Group = group) -> None:
             captured[group] = args[0]
             if len(captured) == len(groups):
                 raise _AllCapturedError
 
-        handles.append(linear.register_forward_pre_hook(capture))
+        handles.append(module.get_submodule(group[0]).register_forward_pre_hook(capture))
     for group in layout.input_groups[last + 1 :]:
         handles.append(module.get_submodule(group[0]).register_forward_pre_hook(stop))
     try:
@@ -80,6 +77,17 @@ def collect(
         for handle in handles:
             handle.remove()
     return statistics
+
+
+def empty_statistics(
+    walker: BlockWalker, block: int, module: nn.Module, group: Group
+) -> InputStatistics:
+    """Statistics of a group's input before the first batch."""
+    linear = module.get_submodule(group[0])
+    assert isinstance(linear, nn.Linear)
+    prefix = walker.structure.block_prefix(block)
+    name = ", ".join(f"{prefix}.{path}" for path in group)
+    return InputStatistics(name, linear.in_features, walker.device)
 
 
 def check_experts(
@@ -124,11 +132,26 @@ def advance(
         NumericalError: NaN or infinity in an output; names the layer that made it and the sample.
     """
     for index in range(inputs.num_batches):
-        hidden = inputs.read(index)
-        output = walker.forward(block, module, index, hidden)
-        if not bool(output.isfinite().all()):
-            raise _locate(walker, block, module, index, hidden, output)
+        output = walker.forward(block, module, index, inputs.read(index))
+        check_output(walker, block, module, inputs, index, output)
         outputs.write(index, output)
+
+
+def check_output(
+    walker: BlockWalker,
+    block: int,
+    module: nn.Module,
+    inputs: HiddenStates,
+    index: int,
+    output: Tensor,
+) -> None:
+    """Hold that a block's output for batch `index` is finite.
+
+    Raises:
+        NumericalError: names the layer that made NaN or infinity, and the sample.
+    """
+    if not bool(output.isfinite().all()):
+        raise _locate(walker, block, module, index, inputs.read(index), output)
 
 
 def _locate(

@@ -46,16 +46,13 @@ def test_sixteen_bit_inputs_are_accumulated_in_float32() -> None:
     assert float(statistics.hessian) == pytest.approx(2 * (1 + 2**-7) ** 2, rel=1e-6)
 
 
-def test_zero_columns_are_zero_in_every_batch() -> None:
-    first, second = torch.ones(1, 4, 3), torch.ones(1, 4, 3)
-    first[..., 0] = 0
-    first[..., 1] = 0
-    second[..., 1] = 0
-    statistics = InputStatistics("layer", 3)
-    statistics.update(first, batch_of(1, 4), 0)
-    assert statistics.zero_columns.tolist() == [True, True, False]
-    statistics.update(second, batch_of(1, 4), 1)
-    assert statistics.zero_columns.tolist() == [False, True, False]
+def test_a_batch_of_no_rows_changes_nothing() -> None:
+    statistics = InputStatistics("expert", 3)
+    statistics.update(torch.full((1, 4, 3), -2.0), batch_of(1, 4), 0)
+    before = statistics.hessian.clone()
+    statistics.update(torch.empty(0, 3), batch_of(1, 4), 1)
+    assert torch.equal(statistics.hessian, before)
+    assert (statistics.max_abs, statistics.num_tokens) == (2.0, 4)
 
 
 @pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (-float("inf"), "infinity")])

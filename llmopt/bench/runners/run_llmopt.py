@@ -22,12 +22,10 @@ import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
+import llmopt.calibration.forwards
 import llmopt.calibration.statistics
 import llmopt.calibration.walker
 import llmopt.compressing
-import llmopt.rounding
-import llmopt.scaling
-import llmopt.solving
 from llmopt.bench.stopwatch import Stopwatch
 from llmopt.calibration.tokens import TokenBlocks, TokenCoverage
 from llmopt.compressing import write_parts
@@ -43,10 +41,9 @@ PACKAGES = ("llmopt", "transformers")
 # Where the phases are entered: an attribute that is gone fails the run, and its test.
 PHASES: tuple[tuple[object, str, str], ...] = (
     (llmopt.calibration.walker.BlockWalker, "start", "calibration forwards"),
-    (llmopt.compressing, "advance", "calibration forwards"),
-    (llmopt.rounding, "collect", "calibration forwards"),
-    (llmopt.scaling, "collect", "calibration forwards"),
-    (llmopt.solving, "collect", "calibration forwards"),
+    (llmopt.calibration.forwards.BlockForwards, "collect", "calibration forwards"),
+    (llmopt.calibration.forwards.BlockForwards, "collect_wave", "calibration forwards"),
+    (llmopt.calibration.forwards.BlockForwards, "advance", "calibration forwards"),
     (llmopt.calibration.statistics.InputStatistics, "update", "Hessians"),
     (llmopt.compressing, "scale_block", "scale search"),
     (llmopt.compressing, "solve_block", "solve"),
