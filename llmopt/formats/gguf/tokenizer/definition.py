@@ -48,6 +48,7 @@ class TokenizerDefinition:
     Attributes:
         model: the model's own settings (``type``, ``unk_token``, ``byte_fallback``, ...).
         pieces: each of the model's tokens and its id, added tokens apart.
+        merges: of a BPE model, the pairs that it joins, best first.
         added: in order of their ids.
         normalizers: in the order they are applied, sequences unfolded.
         pre_tokenizers: likewise.
@@ -56,18 +57,11 @@ class TokenizerDefinition:
 
     model: Mapping[str, Any]
     pieces: Mapping[str, int]
+    merges: tuple[tuple[str, str], ...]
     added: tuple[AddedToken, ...]
     normalizers: tuple[Step, ...]
     pre_tokenizers: tuple[Step, ...]
     tokenizer: Tokenizer
-
-    @property
-    def merges(self) -> list[tuple[str, str]]:
-        """Of a BPE model: the pairs that it joins, best first."""
-        return [
-            (pair[0], pair[1]) if not isinstance(pair, str) else _split_pair(pair)
-            for pair in self.model["merges"]
-        ]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, added tokens recognised in it, nothing put around it."""
@@ -116,11 +110,7 @@ def definition_of_class(loaded: PreTrainedTokenizerBase) -> TokenizerDefinition:
 
 
 def define(tokenizer: Tokenizer) -> TokenizerDefinition:
-    """Take a tokenizer apart.
-
-    Raises:
-        BadInputError: two of its tokens have one text.
-    """
+    """Take a tokenizer apart."""
     content = json.loads(tokenizer.to_str())
     model = content["model"]
     vocabulary = model.get("vocab") or {}
@@ -129,6 +119,7 @@ def define(tokenizer: Tokenizer) -> TokenizerDefinition:
     return TokenizerDefinition(
         model=model,
         pieces=vocabulary,
+        merges=tuple(_pair(pair) for pair in model.get("merges") or ()),
         added=tuple(_added_token(entry) for entry in content.get("added_tokens") or ()),
         normalizers=_unfold(content.get("normalizer"), "normalizers"),
         pre_tokenizers=_unfold(content.get("pre_tokenizer"), "pretokenizers"),
@@ -155,6 +146,6 @@ def _unfold(step: Step | None, key: str) -> tuple[Step, ...]:
     return (step,)
 
 
-def _split_pair(pair: str) -> tuple[str, str]:
-    left, _, right = pair.partition(" ")  # as files before tokenizers 0.20 have it
+def _pair(pair: str | Sequence[str]) -> tuple[str, str]:
+    left, right = pair.split(" ", 1) if isinstance(pair, str) else pair
     return left, right

@@ -76,12 +76,14 @@ def special_tokens(
     values: dict[str, TypedValue] = {}
     for name, key in _PLAIN_KEYS.items():
         index = getattr(loaded, f"{name}_token_id", None)
-        if index is not None and index < len(vocabulary.texts):
+        # A class may add tokens of its own, for which the model has no row.
+        if index is not None and vocabulary.has(index):
             values[f"{PREFIX}{key}"] = uint32(index)
     if before is not None:
         values[f"{PREFIX}bos_token_id"] = uint32(before)
-    ends = [index for index in _ends(folder) if index < len(vocabulary.texts)]
+    ends = [index for index in _ends(folder) if vocabulary.has(index)]
     own = getattr(loaded, "eos_token_id", None)
+    own = own if own is not None and vocabulary.has(own) else None
     first = after if after is not None else own if own is not None else next(iter(ends), None)
     notes: list[str] = []
     if first is None:

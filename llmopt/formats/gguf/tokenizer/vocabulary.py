@@ -44,6 +44,10 @@ class Vocabulary:
         """The id of each text."""
         return {text: index for index, text in enumerate(self.texts)}
 
+    def has(self, index: int) -> bool:
+        """Whether a token of the source has this id."""
+        return 0 <= index < len(self.texts) and self.types[index] is not TokenType.UNUSED
+
     def of_type(self, *types: TokenType) -> list[int]:
         """The ids of these types."""
         return [index for index, kind in enumerate(self.types) if kind in types]
@@ -63,6 +67,7 @@ def build_vocabulary(
         BadInputError: a token lies outside the embedding, or two have one text or one id.
     """
     texts: dict[int, str] = {}
+    model = definition.model["type"]
     for text, index in definition.pieces.items():
         _place(texts, index, text, size)
     types = dict.fromkeys(texts, TokenType.NORMAL)
@@ -73,7 +78,7 @@ def build_vocabulary(
     for token in definition.added:
         _place(texts, token.id, token.content, size)
         types[token.id] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
-    unknown = _unknown_id(definition)
+    unknown = _unknown_id(definition) if byte_tokens or model == "Unigram" else None
     if unknown is not None:
         types[unknown] = TokenType.UNKNOWN
     taken = Counter(texts.values())

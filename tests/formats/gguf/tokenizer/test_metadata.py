@@ -131,6 +131,17 @@ def test_what_the_class_puts_in_the_files_place_counts(tmp_path: Path) -> None:
     assert any("Qwen2Tokenizer puts its own definition" in note for note in found.notes)
 
 
+def test_tokens_that_a_class_adds_get_no_id(tmp_path: Path) -> None:
+    """Gemma's class adds <pad> and <mask>, though the model has no rows for them."""
+    save(sentencepiece("none", size=1000), tmp_path, **LLAMA_NAMES)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+    config["tokenizer_class"] = "GemmaTokenizer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    found = tokenizer_metadata(tmp_path, 1010)
+    assert KEY + "padding_token_id" not in found.values
+    assert value(found, "bos_token_id") == 1
+
+
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}", "utf-8")
     with pytest.raises(BadInputError, match="could not be loaded"):
