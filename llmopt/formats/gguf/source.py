@@ -27,7 +27,7 @@ _SHARED = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_BLOCK = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.([a-z_]+)\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,7 @@ class GGUFSource:
         self.path = path
         self.file = GGUFFile(path)
         family = family_of_file(self.file.metadata, str(path))
-        if "token_embd.weight" not in self.file.names:
-            raise BadInputError(
-                f"{path} has no token_embd.weight: it is no whole language model",
-                "give the model's own file, not its vocabulary, adapter or projector; a model in "
-                "several files must be merged first (llama-gguf-split --merge)",
-            )
+        _refuse_parts(self.file)
         factors = {
             f"{name}.weight": self._values(f"{name}.weight").reshape(-1).tolist()
             for name in family.rotary_tensors
@@ -166,14 +161,29 @@ class GGUFSource:
             yield name, _Place(gguf_name, shape[1:], transform, expert)
 
     def _check_rows(self, gguf_name: str, shape: tuple[int, ...], transform: Transform) -> None:
-        odd = transform.heads is not None and shape[0] % (2 * max(transform.heads, 1))
-        flat = transform.stacked and len(shape) != 3
-        if odd or flat or transform.heads == 0:
+        experts = self.config.get("num_experts", self.config.get("num_local_experts"))
+        odd = transform.heads is not None and shape[0] % (2 * transform.heads)
+        if odd or (transform.stacked and (len(shape) != 3 or shape[0] != experts)):
             raise BadInputError(
                 f"{self.path}: {gguf_name} {list(shape)} does not fit the heads or experts that "
                 "the metadata says",
                 "convert the model anew",
             )
+
+
+def _refuse_parts(file: GGUFFile) -> None:
+    """Raise where the file is not a whole model."""
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        raise BadInputError(
+            f"{file.path} is one of {file.metadata['split.count']} files of a model",
+            "merge them first: llama-gguf-split --merge FIRST.gguf WHOLE.gguf",
+        )
+    table = file.header.tensors.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise BadInputError(
+            f"{file.path} has no matrix token_embd.weight: it is no whole language model",
+            "give the model's own file, not its vocabulary, adapter or projector",
+        )
 
 
 def _dequantize(rows: Tensor, kind: GGMLType, width: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +18,6 @@ from llmopt.formats.gguf.architectures.rotary import yarn_magnitude
 from llmopt.formats.gguf.architectures.tables import FAMILIES, Family
 from llmopt.formats.gguf.values import PlainValue
 
-_Number = TypeVar("_Number", int, float)
-
 _SPECIAL_TOKENS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
@@ -28,6 +27,9 @@ _SPECIAL_TOKENS = {
 class MetadataReader:
     """A file's values under one architecture's prefix, each checked for its type.
 
+    Attributes:
+        place: the file, for messages.
+
     Args:
         metadata: all values.
         place: the file, for messages.
@@ -36,7 +38,7 @@ class MetadataReader:
 
     def __init__(self, metadata: Mapping[str, PlainValue], place: str, architecture: str) -> None:
         self._metadata = metadata
-        self._place = place
+        self.place = place
         self._architecture = architecture
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -48,12 +50,22 @@ class MetadataReader:
             raise self._wrong(key, value, "one whole number")
         return value
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number that counts something: above zero, within 31 bits."""
+        value = self.integer(key, default)
+        if not 0 < value < 1 << 31:
+            raise self._wrong(key, value, "a size")
+        return value
+
     def number(self, key: str, default: float | None = None) -> float:
         """A number, the shortest decimal that is the stored float32."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(key, value, "a number")
-        return float(str(np.float32(value)))
+        shortest = float(str(np.float32(value)))
+        if not math.isfinite(shortest) or shortest < 0:
+            raise self._wrong(key, value, "a number that a model can be built with")
+        return shortest
 
     def text(self, key: str, default: str) -> str:
         """A text."""
@@ -79,14 +91,14 @@ class MetadataReader:
         value = self._metadata.get(f"{self._architecture}.{key}", default)
         if value is None:
             raise BadInputError(
-                f"{self._place} does not say {self._architecture}.{key}",
+                f"{self.place} does not say {self._architecture}.{key}",
                 "convert the model anew; llama.cpp needs it as well",
             )
         return value
 
     def _wrong(self, key: str, value: PlainValue, wanted: str) -> BadInputError:
         return BadInputError(
-            f"{self._place}: {self._architecture}.{key} is {str(value)[:80]}, not {wanted}",
+            f"{self.place}: {self._architecture}.{key} is {str(value)[:80]}, not {wanted}",
             "convert the model anew",
         )
 
@@ -133,11 +145,16 @@ def rebuild_config(
         BadInputError: a value that is missing, of the wrong type, or that differs between blocks.
     """
     read = MetadataReader(metadata, place, family.architecture)
-    blocks, hidden = read.integer("block_count"), read.integer("embedding_length")
-    heads = read.integer("attention.head_count")
-    if not 0 < heads <= hidden:
-        raise BadInputError(f"{place} says {heads} heads in a width of {hidden}", "convert it anew")
-    size = read.integer("attention.key_length", hidden // heads)
+    blocks, hidden = read.size("block_count"), read.size("embedding_length")
+    _check_blocks(tensors, blocks, place)
+    heads = read.size("attention.head_count")
+    shared = read.size("attention.head_count_kv", heads)
+    if hidden < heads or heads % shared:
+        raise BadInputError(
+            f"{place} says {heads} heads, {shared} of k and v, in a width of {hidden}",
+            "convert the model anew",
+        )
+    size = read.size("attention.key_length", hidden // heads)
     config: dict[str, Any] = {
         "model_type": family.model_types[0],
         "architectures": [family.model_class],
@@ -146,10 +163,10 @@ def rebuild_config(
         "hidden_size": hidden,
         "num_hidden_layers": blocks,
         "num_attention_heads": heads,
-        "num_key_value_heads": read.integer("attention.head_count_kv", heads),
+        "num_key_value_heads": shared,
         "head_dim": size,
-        "intermediate_size": read.integer("feed_forward_length"),
-        "max_position_embeddings": read.integer("context_length"),
+        "intermediate_size": read.size("feed_forward_length"),
+        "max_position_embeddings": read.size("context_length"),
         "rms_norm_eps": read.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "pad_token_id": None,
@@ -169,6 +186,16 @@ def rebuild_config(
     return config
 
 
+def _check_blocks(tensors: Collection[str], blocks: int, place: str) -> None:
+    """Hold the count against the tensors, before a model of so many blocks is built."""
+    found = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+    if len(found) != blocks:
+        raise BadInputError(
+            f"{place} says {blocks} blocks and has tensors of {len(found)}",
+            "download the file again, or convert the model anew",
+        )
+
+
 def _biases(family: Family, tensors: Collection[str]) -> dict[str, bool]:
     if not family.biases:
         return {}
@@ -184,14 +211,18 @@ def _special_tokens(metadata: Mapping[str, PlainValue]) -> dict[str, PlainValue 
 
 
 def _experts(family: Family, read: MetadataReader) -> dict[str, Any]:
-    count = read.integer("expert_count")
+    count, used = read.size("expert_count"), read.size("expert_used_count")
+    if used > count:
+        raise BadInputError(
+            f"{read.place} says that {used} of {count} experts are used", "convert the model anew"
+        )
     found = {
         "num_local_experts": count,
-        "num_experts_per_tok": read.integer("expert_used_count"),
+        "num_experts_per_tok": used,
         "norm_topk_prob": True,
     }
     if read.has("expert_feed_forward_length"):
-        found["moe_intermediate_size"] = read.integer("expert_feed_forward_length")
+        found["moe_intermediate_size"] = read.size("expert_feed_forward_length")
         found["num_experts"] = found.pop("num_local_experts")
     return found
 
@@ -224,12 +255,12 @@ def _rope_parameters(
         "rope_type": "default",
         "rope_theta": read.number("rope.freq_base", 10000.0),
     }
-    rotated = read.integer("rope.dimension_count", head_size)
+    rotated = read.size("rope.dimension_count", head_size)
     if family.partial_rotary:
         parameters["partial_rotary_factor"] = rotated / head_size
     kind = read.text("rope.scaling.type", "none")
     factor = read.number("rope.scaling.factor", 1.0)
-    original = read.integer("rope.scaling.original_context_length", read.integer("context_length"))
+    original = read.size("rope.scaling.original_context_length", read.size("context_length"))
     attention = read.number("rope.scaling.attn_factor", 1.0)
     if factors:
         # transformers divides frequencies by any factors as "longrope"; that llama3's are computed
