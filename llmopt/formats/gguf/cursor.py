@@ -44,9 +44,14 @@ class Cursor:
         self.offset = 0
         self.where = "header"
 
+    @property
+    def place(self) -> str:
+        """What is being read, and where."""
+        return f"{self.where} (byte {self.offset})"
+
     def fail(self, what: str) -> BadInputError:
         """The error for what stands here."""
-        return unsound(self._path, f"{self.where} (byte {self.offset})", what)
+        return unsound(self._path, self.place, what)
 
     def require(self, count: int, size: int, what: str) -> None:
         """Holds `count` things of at least `size` bytes each against the bytes that are left."""

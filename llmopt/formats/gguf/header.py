@@ -108,7 +108,9 @@ def parse_header(path: Path, data: mmap.mmap | bytes) -> Header:
     alignment = _read_alignment(path, metadata, types)
     cursor.where = "tensor list"
     cursor.require(num_tensors, _LEAST_TENSOR_BYTES, f"a count of {num_tensors} tensors")
-    found = [_read_tensor(cursor, f"{index + 1} of {num_tensors}") for index in range(num_tensors)]
+    found = [
+        _read_tensor(path, cursor, f"{index + 1} of {num_tensors}") for index in range(num_tensors)
+    ]
     data_offset = -(-cursor.offset // alignment) * alignment
     tensors = _place(path, found, data_offset, alignment, len(data))
     return Header(version, metadata, offsets, types, tensors, data_offset)
@@ -150,7 +152,7 @@ def _read_alignment(
     return alignment
 
 
-def _read_tensor(cursor: Cursor, which: str) -> GGUFTensorInfo:
+def _read_tensor(path: Path, cursor: Cursor, which: str) -> GGUFTensorInfo:
     """A tensor's entry; its offset still counts from the beginning of the tensors' bytes."""
     cursor.where = f"tensor {which}"
     name = cursor.string("a name")
@@ -163,14 +165,12 @@ def _read_tensor(cursor: Cursor, which: str) -> GGUFTensorInfo:
     shape = tuple(cursor.uint64() for _ in range(num_dimensions))[::-1]
     number = cursor.uint32()
     offset = cursor.uint64()
-    # Each factor is held against 63 bits by itself: a zero must not hide the others.
     if 0 in shape or math.prod(shape) >= 1 << 59:
         raise cursor.fail(f"the shape {list(shape)} is empty or absurd")
     kind = GGML_TYPES_BY_ID.get(number)
     if kind is None:
         raise BadInputError(
-            f"{cursor.fail('').what.removesuffix(': ')}: {_type_name(number)} is a type that "
-            "llmopt does not read",
+            f"{path}: {cursor.place}: {_type_name(number)} is a type that llmopt does not read",
             f"take a file of the types {', '.join(GGML_TYPES)}",
         )
     if shape[-1] % kind.block_size:

@@ -183,7 +183,7 @@ def _context_length(family: Family, config: PreTrainedConfig) -> tuple[int, tupl
         return int(length), ()
     window = int(config.sliding_window)
     return window, (
-        f"llama.cpp computes no sliding window in all blocks of {family.architecture} models; the "
+        f"llama.cpp's {family.architecture} does not compute the model's sliding window; the "
         f"file's context length is the window, {window} (config.json: {length}), within which both "
         "compute the same",
     )

@@ -96,7 +96,7 @@ def test_a_window_that_llama_cpp_does_not_compute_ends_the_context(tmp_path: Pat
     ):
         plan = plan_of(tmp_path / name, config)
         assert said(plan)["context_length"] == 8
-        assert "no sliding window in all blocks" in plan.notes[0]
+        assert "does not compute the model's sliding window" in plan.notes[0]
     plan = plan_of(tmp_path / "wide", tiny_models.mistral_config(sliding_window=256))
     assert (said(plan)["context_length"], plan.notes) == (256, ())
     plan = plan_of(tmp_path / "none", tiny_models.mistral_config(sliding_window=None))
@@ -129,7 +129,7 @@ def test_a_gemma_of_windows_alone_ends_with_its_window(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "3", gguf_models.gemma3_config(**windows))
     assert said(plan)["context_length"] == 8
     assert "attention.sliding_window" not in said(plan)
-    assert "no sliding window in all blocks" in plan.notes[0]
+    assert "does not compute the model's sliding window" in plan.notes[0]
 
 
 def test_experts_are_counted_and_stacked(tmp_path: Path) -> None:
