@@ -37,7 +37,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._mapping = _map(path)
+        self._mapping = map_file(path)
         self.header: Header = parse_header(path, self._mapping)
 
     @property
@@ -73,7 +73,12 @@ class GGUFFile:
         return flat.view(*(info.shape[:-1] or (1,)), info.row_bytes)
 
 
-def _map(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> mmap.mmap:
+    """A file's bytes, without reading them; what is written into them stays in memory.
+
+    Raises:
+        BadInputError: it cannot be read, or has none.
+    """
     try:
         with path.open("rb") as file:
             return mmap.mmap(
@@ -86,5 +91,5 @@ def _map(path: Path) -> mmap.mmap:
         raise BadInputError(f"{path} is empty", "download or convert the file again") from None
     except OSError as error:
         raise BadInputError(
-            f"cannot read {path}: {error.strerror}", "give the path of a .gguf file"
+            f"cannot read {path}: {error.strerror}", "give the path of a file"
         ) from error

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmopt.errors import BadInputError
-from llmopt.formats.gguf.file import GGUFFile
+from llmopt.formats.gguf.file import GGUFFile, map_file
 from llmopt.formats.gguf.header import MAGIC
 from llmopt.formats.gguf.values import TypedValue, string, strings, uint32
 from llmopt.formats.gguf.writer import TensorEntry, write_gguf
@@ -220,7 +220,7 @@ class _LegacyBytes:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._raw = path.read_bytes()
+        self._raw = map_file(path)
         self._offset = 0
 
     @property

@@ -170,7 +170,8 @@ def test_what_is_no_importance_matrix_is_refused(case: str, tmp_path: Path) -> N
 
 
 LEGACY_UNSOUND = {
-    "empty": (b"", "a number of entries"),
+    "empty": (b"", "is empty"),
+    "short": (b"\1", "a number of entries"),
     "none": (legacy(), "no entries"),
     "many": (struct.pack("<i", 1 << 30), "a name of"),
     "name": (struct.pack("<ii", 1, 1 << 30), "a name of 1073741824"),

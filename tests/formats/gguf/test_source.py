@@ -270,10 +270,16 @@ def test_a_part_of_a_model_is_refused(mixture: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FilePlan]:
     """Plans of models whose rows hold whole blocks of 256."""
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "head_dim": 64,
+    }
+    gemma = {"layer_types": ["full_attention"], "query_pre_attn_scalar": 64}
     plans = {}
     for name in ("llama3_biased", "mixtral", "gemma3"):
-        own = {"layer_types": ["full_attention"]} if name == "gemma3" else {}
+        own = gemma if name == "gemma3" else {}
         folder = tmp_path_factory.mktemp(name)
         tiny_models.build_model(CONFIGS[name](**sizes, **own)).save_pretrained(folder)
         plans[name] = open_and_plan(folder)[1]
