@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,9 +39,10 @@ class LlamaCppScorer:
         self._engine = engine
         self._label = label
         self._progress = progress
+        self._cache = _Cache()
 
     def score(self, sequences: Sequence[Passage]) -> Scores:
-        """Scores of the passages; those of an earlier call are over.
+        """Scores of the passages; those of earlier calls stay good.
 
         Raises:
             BadInputError: a passage is longer than what the model was made for.
@@ -56,7 +58,8 @@ class LlamaCppScorer:
             max((_room(passage) for passage in sequences), default=1),
             max((_num_sequences(passage) for passage in sequences), default=1),
         )
-        return _EngineScores(self._engine, sequences, self._label, self._progress)
+        self._cache.owner = None  # making room may have emptied it
+        return _EngineScores(self._engine, self._cache, sequences, self._label, self._progress)
 
 
 @contextmanager
@@ -97,28 +100,48 @@ def _num_sequences(passage: Passage) -> int:
     return 1 + len(passage.continuations) if isinstance(passage, Branches) else 1
 
 
+@dataclass(slots=True)
+class _Cache:
+    """What the engine's cache holds: the beginning of one plain sequence, or nothing of use.
+
+    Attributes:
+        owner: the scores whose sequence it is.
+        sequence: its index there.
+        length: how many of its tokens are in the cache.
+    """
+
+    owner: object = None
+    sequence: int = 0
+    length: int = 0
+
+
 class _EngineScores:
     def __init__(
-        self, engine: Engine, sequences: Sequence[Passage], label: str, progress: Progress
+        self,
+        engine: Engine,
+        cache: _Cache,
+        sequences: Sequence[Passage],
+        label: str,
+        progress: Progress,
     ) -> None:
         self._engine = engine
+        self._cache = cache
         self._sequences = sequences
         self._label = label
         self._progress = progress
-        self._cached: int | None = None  # the plain sequence in the cache
-        self._length = 0  # how many of its tokens are there
 
     def logits(self, sequence: int, start: int, stop: int) -> Tensor:
         tokens = self._sequences[sequence]
         assert isinstance(tokens, Tensor), "branches have no rows"
-        if self._cached != sequence or start < self._length:
+        cache = self._cache
+        if cache.owner is not self or cache.sequence != sequence or start < cache.length:
             self._begin(sequence)
-            self._cached = sequence
-        ids = tokens[self._length : stop].tolist()
+            cache.owner, cache.sequence, cache.length = self, sequence, 0
+        ids = tokens[cache.length : stop].tolist()
         steps = [
-            Step(token, place, 0, place >= start) for place, token in enumerate(ids, self._length)
+            Step(token, place, 0, place >= start) for place, token in enumerate(ids, cache.length)
         ]
-        self._length = stop
+        cache.length = stop
         return self._engine.decode(steps)
 
     def branch_logprobs(self, sequences: Sequence[int]) -> list[Tensor]:
@@ -151,7 +174,7 @@ class _EngineScores:
     def _begin(self, sequence: int) -> None:
         self._progress(self._label, sequence, len(self._sequences))
         self._engine.clear()
-        self._cached, self._length = None, 0
+        self._cache.owner = None
 
 
 def _summed(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from interop.protocol import CONSUMERS_FOLDER
-from support.gguf_models import open_and_plan
+from support import gguf_models, tiny_models
+from support.gguf_models import open_and_plan, write_plain
 from support.tokenizers_of_each_kind import lines, training_text
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from llmopt.checkpoint.structure import read_structure
 from llmopt.demo.paths import demo_model_path
 from llmopt.formats.gguf.source import GGUFSource
 from llmopt.formats.gguf.tokenizer import tokenizer_metadata
+from llmopt.formats.gguf.values import TypedValue, string, strings
 from llmopt.formats.gguf.writer import TensorEntry, write_gguf
 from llmopt.quantization.ggml.packing import pack_blocks, pack_plain
 from llmopt.quantization.ggml.quantize import quantize_blocks
@@ -91,6 +93,35 @@ def through_llama_cpp(python: Path, file: Path, exact: bool, asked: Any) -> dict
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found: dict[str, Any] = torch.load(response)
     return found
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("python", ["llama-cpp"], indirect=True)
+def test_branches_of_a_model_with_windows_see_their_context(python: Path, tmp_path: Path) -> None:
+    """Gemma 2's even blocks look back over 8 tokens; what they forgot, odd blocks still need."""
+    tiny_models.write_checkpoint(tmp_path / "source", gguf_models.CONFIGS["gemma2"](), seed=5)
+    reader, plan = open_and_plan(tmp_path / "source")
+    write_plain(tmp_path / "m.gguf", reader, plan, plain_vocabulary())
+    ids = torch.arange(1, 200) * 37 % (tiny_models.VOCABULARY - 4)
+    branches = [(ids[:29], (ids[29:32], ids[50:62], ids[70:71])), (ids[3:5], (ids[9:40],))]
+    found = through_llama_cpp(python, tmp_path / "m.gguf", True, ([ids[:40]], branches))
+    source = GGUFSource(tmp_path / "m.gguf")
+    walker = WalkerScorer(read_structure(source), source, tmp_path)
+    scores = walker.score([ids[:40], *(Branches(*item) for item in branches)])
+    torch.testing.assert_close(found["logits"][0], scores.logits(0, 0, 40), atol=0.02, rtol=0)
+    for theirs, ours in zip(found["logprobs"], scores.branch_logprobs([1, 2]), strict=True):
+        torch.testing.assert_close(theirs, ours, atol=0.02 * 31, rtol=1e-3)
+
+
+def plain_vocabulary() -> dict[str, TypedValue]:
+    """Of nothing in particular: only ids are asked."""
+    tokens = [f"t{index}" for index in range(tiny_models.VOCABULARY)]
+    return {
+        "tokenizer.ggml.model": string("gpt2"),
+        "tokenizer.ggml.pre": string("gpt-2"),
+        "tokenizer.ggml.tokens": strings(tokens),
+        "tokenizer.ggml.merges": strings(["t 0"]),
+    }
 
 
 def mean_logprob(logits: Sequence[Tensor], tokens: Sequence[Tensor]) -> float:

@@ -33,7 +33,7 @@ class PlayedEngine:
         self.num_decoded = 0
 
     def reserve(self, num_tokens: int, num_sequences: int) -> None:
-        self.room = (num_tokens, num_sequences)
+        self.room = (max(num_tokens, self.room[0]), max(num_sequences, self.room[1]))
         self.clear()
 
     def clear(self) -> None:
@@ -92,6 +92,17 @@ def test_branches_share_their_context() -> None:
     torch.testing.assert_close(found, torch.stack(wanted), rtol=0, atol=1e-6)
     assert engine.num_decoded == 2 + 3 + 2  # rows asked for, context, continuations less their last
     assert torch.equal(scores.logits(0, 2, 3), rows_of(OTHER, 2, 3))
+
+
+def test_scores_of_earlier_calls_stay_good() -> None:
+    scorer = LlamaCppScorer(PlayedEngine())
+    first, second = scorer.score([PLAIN]), scorer.score([OTHER, PLAIN])
+    assert torch.equal(first.logits(0, 0, 3), rows_of(PLAIN, 0, 3))
+    assert torch.equal(second.logits(0, 0, 2), rows_of(OTHER, 0, 2))
+    assert torch.equal(first.logits(0, 3, 6), rows_of(PLAIN, 3, 6))
+    third = scorer.score([OTHER])
+    assert torch.equal(first.logits(0, 6, 7), rows_of(PLAIN, 6, 7))
+    assert torch.equal(third.logits(0, 1, 2), rows_of(OTHER, 1, 2))
 
 
 def test_a_passage_beyond_the_context_is_refused() -> None:

@@ -34,7 +34,8 @@ def prove(definition: TokenizerDefinition, candidate: Candidate) -> tuple[str, .
     step = max(1, len(candidate.texts) // _MOST_TOKENS)
     plain = [*LINES, *SPACED_LINES, *candidate.texts[::step]]
     spaced = [text for text in plain if text[:1].isspace()] if candidate.space_prefix else []
-    strict = [text for text in plain if text not in set(spaced)]
+    strict = [text for text in plain if not (candidate.space_prefix and text[:1].isspace())]
+    strict += [text.lstrip() for text in spaced]  # the space before a text makes them whole again
     strict += [] if candidate.composes else DECOMPOSED_LINES
     different = first_difference(definition, candidate, strict)
     if different is not None:
