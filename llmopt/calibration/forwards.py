@@ -23,7 +23,8 @@ from llmopt.calibration.hidden_states import HiddenStates
 from llmopt.calibration.statistics import InputStatistics
 from llmopt.calibration.walker import BlockWalker
 
-MIN_HELD_BYTES = 256 << 20
+SMALL_BLOCK_BYTES = 256 << 20
+"""A block in float32 and what its stopped forwards hold may take this much in any case."""
 
 
 class BlockForwards:
@@ -37,8 +38,8 @@ class BlockForwards:
         block: the block's index.
         module: the block itself, from ``walker.materialise``.
         inputs: the block's hidden states.
-        max_held_bytes: of activations that stopped forwards may hold together; as much as
-            ``inputs`` takes, and 256 MiB at least, if None.
+        max_held_bytes: of activations that stopped forwards may hold together; if None, as much as
+            ``inputs`` takes, or more where the block is small (``SMALL_BLOCK_BYTES``).
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class BlockForwards:
         max_held_bytes: int | None = None,
     ) -> None:
         self.walker, self.block, self.module, self.inputs = walker, block, module, inputs
-        self._max_held_bytes = (
-            max(MIN_HELD_BYTES, inputs.num_bytes) if max_held_bytes is None else max_held_bytes
-        )
+        if max_held_bytes is None:
+            block_bytes = 4 * sum(parameter.numel() for parameter in module.parameters())
+            max_held_bytes = max(inputs.num_bytes, SMALL_BLOCK_BYTES - block_bytes)
+        self._max_held_bytes = max_held_bytes
         self._stopped: dict[int, greenlet] = {}  # by batch
         self._held_bytes: dict[int, int] = {}  # by the same
         self._wanted: Group | None = None
