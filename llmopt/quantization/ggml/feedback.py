@@ -138,7 +138,9 @@ def _solve(weight: Tensor, grid: GGMLTensor, feedback: Tensor, order: Tensor | N
     errors = torch.empty((columns, rows), dtype=torch.float32, device=weight.device)
     errors.copy_(weight.t()[order])
     codes = torch.empty((columns, rows), dtype=torch.uint8, device=weight.device)
-    steps, shifts = grid.step_sizes().t(), grid.shifts()
+    steps, shifts = grid.step_sizes().t().contiguous(), grid.shifts()
+    if shifts is not None:
+        shifts = shifts.t().contiguous()
     levels = _Levels(grid.type, weight.device)
     for start in range(0, columns, _BLOCK_COLUMNS):
         stop = min(start + _BLOCK_COLUMNS, columns)
@@ -152,7 +154,7 @@ def _solve(weight: Tensor, grid: GGMLTensor, feedback: Tensor, order: Tensor | N
                 adjusted[first - start : last - start],
                 feedback[first:last, first:last],
                 steps[here],
-                None if shifts is None else shifts.t()[here],
+                None if shifts is None else shifts[here],
                 errors[first:last],
                 codes[first:last],
                 levels,

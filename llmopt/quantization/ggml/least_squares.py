@@ -3,8 +3,8 @@
 What is made small is ``sum h (w - q)^2`` itself, ``h`` the importance of a column:
 
 1. Each sub-block on its own: codes are tried on grids of several widths (of both directions where
-   levels are not symmetric), the least squares step and shift of each are compared, and the best is
-   encoded anew on its own grid a few times.
+   levels are not symmetric), and the least squares step and shift of each are compared. The ends of
+   the best are then moved, a step or parts of one, and what comes of it compared likewise.
 2. The steps of a block become whole multiples of a common ``d``, several of which are tried, each
    error weighed by what it costs; then the minimums likewise, each first moved to where the step
    that it got wants it.
@@ -28,57 +28,12 @@ from llmopt.quantization.ggml.columns import (
     through_float16,
     to_float16,
 )
+from llmopt.quantization.ggml.effort import EFFORTS, Effort
 from llmopt.quantization.ggml.moments import Moments, Trial
+from llmopt.quantization.ggml.sub_block_fit import Fit, fit_sub_blocks
 from llmopt.quantization.ggml.types import GGMLType
 
 _SINGULAR = 3e-6
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How much is tried.
-
-    Attributes:
-        widths: levels that the range of a sub-block is spread over, in parts of those there are:
-            above 1 the outermost are clipped.
-        both_directions: try the largest value at either end of the levels.
-        refits: times the best grid of a sub-block is encoded anew, in types without minimum.
-        moves: how far the ends of a range are moved from the best so far, in parts of a step, in
-            types with a minimum.
-        divisors: what ``d`` times them is the largest step, in parts of the largest whole number.
-        sweeps: over whole blocks.
-    """
-
-    widths: tuple[float, ...]
-    both_directions: bool = False
-    refits: int = 1
-    moves: tuple[float, ...] = ()
-    divisors: tuple[float, ...] = (1.0,)
-    sweeps: int = 2
-
-
-def _even(first: float, last: float, count: int) -> tuple[float, ...]:
-    return tuple(first + (last - first) * index / (count - 1) for index in range(count))
-
-
-_FINE = _even(0.98, 1.06, 9)
-_COARSE = _even(0.9, 1.5, 25)
-_MOVE_SIZES = (1.0, 0.6, 0.4, 0.25)
-
-EFFORTS = {
-    "Q8_0": Effort(_even(0.995, 1.01, 4), sweeps=2),
-    "Q4_0": Effort(_even(0.92, 1.2, 8), sweeps=2),
-    "Q5_0": Effort(_even(0.95, 1.12, 8), sweeps=2),
-    "Q4_1": Effort((1.0, 1.15), moves=_MOVE_SIZES, sweeps=3),
-    "Q5_1": Effort((1.0, 1.08), moves=_MOVE_SIZES, sweeps=3),
-    "Q2_K": Effort((1.0, 1.3), moves=_MOVE_SIZES, divisors=_COARSE, sweeps=4),
-    "Q3_K": Effort(_even(0.85, 1.4, 10), True, refits=2, divisors=_COARSE, sweeps=3),
-    "Q4_K": Effort((1.0, 1.15), moves=_MOVE_SIZES, divisors=_FINE, sweeps=3),
-    "Q5_K": Effort((1.0, 1.08), moves=_MOVE_SIZES, divisors=_FINE, sweeps=3),
-    "Q6_K": Effort(_even(0.97, 1.06, 8), refits=1, divisors=_FINE, sweeps=2),
-    "IQ4_NL": Effort(_even(0.92, 1.25, 10), True, refits=2, sweeps=3),
-    "IQ4_XS": Effort(_even(0.92, 1.25, 10), True, refits=2, divisors=_FINE, sweeps=3),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +84,8 @@ def least_squares(
     """
     effort = effort or EFFORTS[kind.name]
     trial = Trial(x, weights, kind)
-    if kind.min_sign:
-        moments, steps = _fit_ranges(trial, effort)
-        state = _share_with_minimum(trial, moments, steps, effort)
-    else:
-        moments, steps = _fit_peaks(trial, effort)
-        state = _share(moments, steps, kind, effort)
-    state = _sweep(trial, state, effort)
+    fit = fit_sub_blocks(trial, effort)
+    state = _sweep(trial, _start(trial, fit, effort), effort)
     codes = trial.codes(state.steps, state.shifts(kind.min_sign))
     cut = kind.sub_scale_limits is not None
     return Found(
@@ -147,113 +97,52 @@ def least_squares(
     )
 
 
-def _fit_peaks(trial: Trial, effort: Effort) -> tuple[Moments, Tensor]:
-    """Moments and steps of each sub-block on its own, in types without minimum."""
-    levels = trial.kind.levels()
-    ends = [float(levels[0]), float(levels[-1])]
-    inverse_peak = reciprocal(signed_peak(trial.x))
-    best: Moments | None = None
-    gain = inverse_peak
-    for end in ends if effort.both_directions else ends[:1]:
-        for width in effort.widths:
-            moments = trial.moments_of_inverse(inverse_peak * (end * width), None)
-            new_gain = moments.level_x * ratio(moments.level_x, moments.level_2)
-            if best is None:
-                best, gain = moments, new_gain
-            else:
-                best = moments.where(new_gain > gain, best)
-                gain = torch.maximum(gain, new_gain)
+def _start(trial: Trial, fit: Fit, effort: Effort) -> _State:
+    """The best of several ways for the sub-blocks to share scales and minimums."""
+    best, best_error = None, None
+    for divisors in effort.starts:
+        state = _share(trial, fit, divisors)
+        if len(effort.starts) == 1:
+            return state
+        state, _, errors = _neighbours(trial, state, ())
+        error = errors.sum(0)
+        if best is None or best_error is None:
+            best, best_error = state, error
+        else:
+            best = state.where(error < best_error, best)
+            best_error = torch.minimum(error, best_error)
     assert best is not None
-    for _ in range(effort.refits):
-        moments = trial.moments(ratio(best.level_x, best.level_2), None)
-        new_gain = moments.level_x * ratio(moments.level_x, moments.level_2)
-        best = moments.where(new_gain > gain, best)
-        gain = torch.maximum(gain, new_gain)
-    return best, ratio(best.level_x, best.level_2)
+    return best
 
 
-def _shift_limit(kind: GGMLType) -> float:
-    """Sub-blocks share the sign of their minimums; where blocks are not cut any will do."""
-    return float("inf") if kind.sub_min_limit is None else 0.0
-
-
-def _fit_ranges(trial: Trial, effort: Effort) -> tuple[Moments, Tensor]:
-    """The same in types with a minimum."""
-    max_code, limit = trial.kind.max_code, _shift_limit(trial.kind)
-    lowest = trial.x.amin(0).clamp_(max=limit)
-    span = trial.x.amax(0) - lowest
-    fit: _Fit | None = None
-    for width in effort.widths:
-        # The middle of the range stays where it is.
-        fit = _better(trial, fit, span / (max_code * width), lowest + span * (0.5 - 0.5 / width))
-    assert fit is not None
-    for size in effort.moves:
-        for bottom, top in _MOVES:
-            steps = fit.steps * (1 + (top - bottom) * size / max_code)
-            fit = _better(trial, fit, steps, fit.shifts + fit.steps * (bottom * size))
-    return fit.moments, fit.steps
-
-
-# Where the two ends of a range move, in parts of a step: one of them, both, apart, together.
-_MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (-1, 1), (1, -1))
-
-
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """Codes of each sub-block with the grid of least error for them and that error."""
-
-    moments: Moments
-    steps: Tensor
-    shifts: Tensor
-    error: Tensor
-
-
-def _better(trial: Trial, fit: _Fit | None, steps: Tensor, shifts: Tensor) -> _Fit:
-    """``fit``, or where it is better what comes of the codes nearest on another grid."""
-    limit = _shift_limit(trial.kind)
-    moments = trial.moments(steps, shifts.clamp(max=limit))
-    steps, shifts = trial.best_grid(moments, shift_limit=limit)
-    error = trial.error(moments, steps, shifts)
-    if fit is None:
-        return _Fit(moments, steps, shifts, error)
-    better = error < fit.error
-    return _Fit(
-        moments.where(better, fit.moments),
-        torch.where(better, steps, fit.steps),
-        torch.where(better, shifts, fit.shifts),
-        torch.minimum(error, fit.error),
-    )
-
-
-def _share(moments: Moments, steps: Tensor, kind: GGMLType, effort: Effort) -> _State:
-    """Steps as whole multiples of one scale a block."""
+def _share(trial: Trial, fit: Fit, divisors: tuple[float, ...]) -> _State:
+    """Steps, then minimums, as whole multiples of one float16 a block."""
+    kind, moments = trial.kind, fit.moments
     if kind.sub_scale_limits is None:
-        return _State(to_float16(steps.squeeze(0), kind).float(), torch.ones_like(steps))
-    return _State(*_whole(steps, moments.level_2, kind.sub_scale_limits, kind, effort))
-
-
-def _share_with_minimum(trial: Trial, moments: Moments, steps: Tensor, effort: Effort) -> _State:
-    kind = trial.kind
-    assert moments.level is not None
-    if kind.sub_scale_limits is None:
-        state = _share(moments, steps, kind, effort)
+        state = _State(to_float16(fit.steps.squeeze(0), kind).float(), torch.ones_like(fit.steps))
+        if fit.shifts is None:
+            return state
         shifts = trial.best_shifts(moments, state.steps)
-        return replace(
-            state,
-            mins=to_float16(shifts.squeeze(0), kind).float() * kind.min_sign,
-            whole_mins=torch.ones_like(steps),
-        )
-    assert kind.sub_min_limit is not None
+        mins = to_float16(shifts.squeeze(0), kind).float()
+        return replace(state, mins=mins * kind.min_sign, whole_mins=torch.ones_like(shifts))
+    if kind.sub_min_limit is None or moments.level is None:
+        return _State(*_whole(fit.steps, moments.level_2, kind.sub_scale_limits, kind, divisors))
     # What a step costs once the minimum has followed it.
     costs = moments.level_2 - moments.level * ratio(moments.level, trial.sum_weights)
-    state = _State(*_whole(steps, costs.clamp_(min=0), kind.sub_scale_limits, kind, effort))
+    costs = costs.clamp_(min=0)
+    state = _State(*_whole(fit.steps, costs, kind.sub_scale_limits, kind, divisors))
     minimums = trial.best_shifts(moments, state.steps).neg_().clamp_(min=0)
-    mins, whole = _whole(minimums, trial.sum_weights, (0, kind.sub_min_limit), kind, effort)
+    limits = (0, kind.sub_min_limit)
+    mins, whole = _whole(minimums, trial.sum_weights, limits, kind, divisors)
     return replace(state, mins=mins, whole_mins=whole)
 
 
 def _whole(
-    values: Tensor, costs: Tensor, limits: tuple[int, int], kind: GGMLType, effort: Effort
+    values: Tensor,
+    costs: Tensor,
+    limits: tuple[int, int],
+    kind: GGMLType,
+    divisors: tuple[float, ...],
 ) -> tuple[Tensor, Tensor]:
     """``values (sub_blocks, blocks)`` as a float16 times whole numbers within ``limits``.
 
@@ -264,7 +153,7 @@ def _whole(
     ends = [end for end in limits if end]
     best_scale, best_error = peak, torch.full_like(peak, float("inf"))
     for end in ends:
-        for divisor in effort.divisors:
+        for divisor in divisors:
             inverse = reciprocal(peak) * (end * divisor)
             whole = (values * inverse).round_().clamp_(*limits)
             weighted = costs * whole
@@ -281,17 +170,19 @@ def _sweep(trial: Trial, state: _State, effort: Effort) -> _State:
     """Codes, whole numbers and scales improved in turn; the best state of each block."""
     best, best_error = state, torch.full_like(state.scales, float("inf"))
     for _ in range(effort.sweeps):
-        state, moments, errors = _neighbours(trial, state)
+        state, moments, errors = _neighbours(trial, state, (-1, 1))
         error = errors.sum(0)
         better = error < best_error
         best = state.where(better, best)
         best_error = torch.minimum(error, best_error)
         state = _refit(trial, state, moments)
-    state, _, errors = _neighbours(trial, state)
+    state, _, errors = _neighbours(trial, state, (-1, 1))
     return state.where(errors.sum(0) < best_error, best)
 
 
-def _neighbours(trial: Trial, state: _State) -> tuple[_State, Moments, Tensor]:
+def _neighbours(
+    trial: Trial, state: _State, differences: tuple[int, ...]
+) -> tuple[_State, Moments, Tensor]:
     """Each sub-block's best whole numbers near its own, with codes of their own."""
     kind = trial.kind
     shifts = state.shifts(kind.min_sign)
@@ -301,7 +192,7 @@ def _neighbours(trial: Trial, state: _State) -> tuple[_State, Moments, Tensor]:
     if kind.sub_scale_limits is None:
         return state, moments, errors
     middle = state.whole_scales
-    for difference in (-1, 1):
+    for difference in differences:
         whole = (middle + difference).clamp_(*kind.sub_scale_limits)
         new_moments = trial.moments(state.scales * whole, shifts)
         whole_mins, new_errors = _whole_mins(trial, state, new_moments, whole)

@@ -22,6 +22,8 @@ from llmopt.quantization.ggml.types import GGMLType
 # A determinant below this part of its product is rounding noise: the codes are all alike.
 _SINGULAR = 3e-6
 
+_COARSE_BITS = 6
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:
@@ -65,6 +67,9 @@ class Trial:
         self.sum_weights = weights.sum(0)
         self.sum_x = self._weighted.sum(0)
         self.energy = torch.mul(self._weighted, x, out=self._product).sum(0)
+        self._tried = self._levels
+        # So small an error is lost in the rounding of sums that are so much larger.
+        self._is_fine = kind.bits > _COARSE_BITS
         self._table = self._values = None
         if kind.codebook is not None:
             self._table = codebook_table(kind, x.device)
@@ -73,12 +78,8 @@ class Trial:
             self._lowest, self._highest = -kind.offset, kind.max_code - kind.offset
 
     def moments(self, steps: Tensor, shifts: Tensor | None) -> Moments:
-        """Sums with the codes that are nearest on a grid ``(sub_blocks, blocks)``."""
-        return self.moments_of_inverse(reciprocal(steps), shifts)
-
-    def moments_of_inverse(self, inverse: Tensor, shifts: Tensor | None) -> Moments:
-        """The same, given ``1 / steps`` (0 for codes of level zero)."""
-        levels = self._encode(inverse, shifts)
+        """Try the codes that are nearest on a grid ``(sub_blocks, blocks)``."""
+        levels = self._tried = self._encode(reciprocal(steps), shifts)
         product = self._product
         level_x = torch.mul(self._weighted, levels, out=product).sum(0)
         torch.mul(self.weights, levels, out=product)
@@ -105,7 +106,10 @@ class Trial:
         return levels.round_().clamp_(self._lowest, self._highest)
 
     def error(self, moments: Moments, steps: Tensor, shifts: Tensor | None) -> Tensor:
-        """The error with these codes on another grid, ``(sub_blocks, blocks)``."""
+        """The error of the codes tried last on another grid, ``(sub_blocks, blocks)``."""
+        if self._is_fine:
+            product = torch.mul(self._tried, steps, out=self._product).sub_(self.x)
+            return product.square_().mul_(self.weights).sum(0)
         error = self.energy + steps * (steps * moments.level_2 - 2 * moments.level_x)
         if shifts is not None:
             assert moments.level is not None

@@ -16,7 +16,7 @@ def named(kind):
     return kind.name
 
 
-def problem(rows=20, columns=512, seed=0):
+def problem(rows=16, columns=512, seed=0):
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
     inputs = torch.randn(3 * columns, columns, generator=generator)
