@@ -45,15 +45,15 @@ def test_unions_and_intersections() -> None:
 
 def test_margins_loosen_as_bits_go_down() -> None:
     margins = [
-        {c.metric: c.margin for c in default_criteria(bits).criteria} for bits in (8, 4, 3, 2)
+        {c.metric: c.margin for c in default_criteria(bits).criteria} for bits in (8, 6, 5, 4, 3, 2)
     ]
     for wide, narrow in pairwise(margins):
         assert wide.keys() == narrow.keys() == BETTER.keys() - {"task_accuracy_drop"}
         for metric, margin in wide.items():
             sign = 1 if BETTER[metric] == "lower" else -1
             assert sign * margin < sign * narrow[metric]
-    with pytest.raises(EvaluationError, match="5 bits"):
-        default_criteria(5)
+    with pytest.raises(EvaluationError, match="7 bits"):
+        default_criteria(7)
 
 
 def criteria_data(**changes: object) -> dict[str, object]:
