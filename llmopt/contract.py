@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from pydantic import JsonValue
 
+from llmopt.agreement import Agreement, contract_check
 from llmopt.checkpoint.reader import CheckpointReader
 from llmopt.checkpoint.structure import ModelStructure
 from llmopt.errors import BadInputError, ContractError
@@ -17,49 +18,22 @@ from llmopt.formats.base import Format
 from llmopt.formats.consumers import FormatSupport, Shard, load_consumers
 from llmopt.quantization.scheme import Scheme
 from llmopt.recipe import OutputSection, QuantizeStage, Recipe, matches
-from llmopt.report.schema import Consumer, ContractCheck
+from llmopt.report.schema import Consumer
 
 
 @dataclass(frozen=True, slots=True)
-class Contract:
-    """What source, recipe and consumers agreed on.
+class Contract(Agreement):
+    """The contract of a checkpoint directory.
 
     Attributes:
-        form: the output format, in the variant that is written.
-        schemes: by memory name of each linear layer that will be quantized.
+        form: the format on disk.
+        schemes: of every linear layer that will be quantized, by memory name, blocks only.
         kept: memory names of the linear layers that stay in 16 bit, blocks only.
-        checks: that belong to no single consumer.
-        consumers: each with its own checks.
     """
 
     form: Format
     schemes: Mapping[str, Scheme]
     kept: tuple[str, ...]
-    checks: tuple[ContractCheck, ...]
-    consumers: tuple[Consumer, ...]
-
-    @property
-    def refusals(self) -> tuple[str, ...]:
-        """Every check that does not hold, in words."""
-        own = [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
-        theirs = [
-            f"{consumer.name} {consumer.version}: {check.detail}"
-            for consumer in self.consumers
-            for check in consumer.checks
-            if not check.passed
-        ]
-        return tuple(own + theirs)
-
-    def enforce(self) -> None:
-        """Raise ContractError, listing every refusal, unless all checks hold."""
-        refusals = self.refusals
-        if refusals:
-            more = f"\n  and {len(refusals) - 8} more" if len(refusals) > 8 else ""
-            raise ContractError(
-                "the contract does not hold:\n  " + "\n  ".join(refusals[:8]) + more,
-                "change the recipe's scheme, overrides or consumers; "
-                "`--dry-run` shows the whole contract without starting work",
-            )
 
 
 def draw_contract(reader: CheckpointReader, structure: ModelStructure, recipe: Recipe) -> Contract:
@@ -76,17 +50,17 @@ def draw_contract(reader: CheckpointReader, structure: ModelStructure, recipe: R
         for block in range(structure.num_blocks)
         for linear in structure.linear_names(block)
     ]
-    _check_patterns(stage, linears)
+    check_patterns(stage, linears)
     assigned = {name: stage.scheme_for(name) for name in linears}
     schemes = {name: scheme for name, scheme in assigned.items() if scheme is not None}
     checks = (
-        _check(
+        contract_check(
             "format", _format_faults(form, structure, schemes), f"{form.name} holds every scheme"
         ),
-        _check("solver", _solver_faults(stage, schemes), f"{stage.solver} can solve them"),
-        _check("groups", _group_faults(structure, schemes), "groups divide every layer"),
-        _check("tensors", [], _tensor_summary(reader, structure, schemes)),
-        _check("something to do", [] if schemes else ["every layer is ignored"], "yes"),
+        contract_check("solver", _solver_faults(stage, schemes), f"{stage.solver} can solve them"),
+        contract_check("groups", _group_faults(structure, schemes), "groups divide every layer"),
+        contract_check("tensors", [], _tensor_summary(reader, structure, schemes)),
+        contract_check("something to do", [] if schemes else ["every layer is ignored"], "yes"),
     )
 
     def dtype_of(name: str) -> torch.dtype:
@@ -98,7 +72,7 @@ def draw_contract(reader: CheckpointReader, structure: ModelStructure, recipe: R
         for name in recipe.output.consumers
     )
     kept = tuple(name for name in linears if name not in schemes)
-    return Contract(form, schemes, kept, checks, consumers)
+    return Contract(checks, consumers, form, schemes, kept)
 
 
 def _format(output: OutputSection) -> Format:
@@ -111,7 +85,12 @@ def _format(output: OutputSection) -> Format:
     return choose_format(name, output.checkpoint_format)
 
 
-def _check_patterns(stage: QuantizeStage, linears: list[str]) -> None:
+def check_patterns(stage: QuantizeStage, linears: list[str]) -> None:
+    """Refuse a pattern of ``ignore`` or an override that matches none of the layers named.
+
+    Raises:
+        ContractError: names it, and the nearest layer.
+    """
     # The head is never quantized, so that ignoring it is a habit and no mistake.
     ignored = [pattern for pattern in stage.ignore if pattern != "lm_head"]
     for pattern in [*ignored, *(override.match for override in stage.overrides)]:
@@ -120,12 +99,6 @@ def _check_patterns(stage: QuantizeStage, linears: list[str]) -> None:
                 f"the pattern {pattern!r} matches no linear layer{_nearest(pattern, linears)}",
                 f"patterns are matched against names such as {linears[0]!r}",
             )
-
-
-def _check(name: str, faults: list[str], otherwise: str) -> ContractCheck:
-    return ContractCheck(
-        name=name, passed=not faults, detail="; ".join(faults[:5]) if faults else otherwise
-    )
 
 
 def _format_faults(
@@ -196,14 +169,11 @@ def check_consumer(
     """
     known = load_consumers()
     if name not in known:
-        raise ContractError(
-            f"unknown consumer {name!r}{_nearest(name, list(known))}",
-            f"choose among {', '.join(known)}",
-        )
+        raise unknown_consumer(name)
     support = known[name].formats.get(form.name)
     if support is None:
         lacks = known[name].lacks[form.name]
-        check = _check("format", [f"it does not open {form.name}: {lacks}"], "")
+        check = contract_check("format", [f"it does not open {form.name}: {lacks}"], "")
         return Consumer(name=name, version=known[name].version, checks=(check,))
     schemes = {name: scheme for name, scheme in assigned.items() if scheme is not None}
     kernel_faults: dict[str, None] = {}
@@ -227,22 +197,34 @@ def check_consumer(
     kept = support.kept_refusal([name for name in assigned if name not in schemes])
     misread = support.config_refusal(config)
     checks = [
-        _check("format", [variant] if variant else [], "opens it"),
-        _check("config", [misread] if misread else [], "reads config.json"),
-        _check("kernels", list(kernel_faults), _proof(support, schemes)),
-        _check("schemes together", [mixture] if mixture else [], "may stand in one checkpoint"),
-        _check("16-bit layers", [kept] if kept else [], "found by their names"),
+        contract_check("format", [variant] if variant else [], "opens it"),
+        contract_check("config", [misread] if misread else [], "reads config.json"),
+        contract_check("kernels", list(kernel_faults), _proof(support, schemes)),
+        contract_check(
+            "schemes together", [mixture] if mixture else [], "may stand in one checkpoint"
+        ),
+        contract_check("16-bit layers", [kept] if kept else [], "found by their names"),
     ]
     blocks = [found for found in _expert_schemes(structure, assigned) if found]
     if blocks:
         dense = {s for name, s in schemes.items() if not structure.is_in_expert(name)}
         proof = "run" if support.experts and support.experts.proven(blocks) else "read, not run"
         faults = support.expert_refusals(blocks, dense)
-        checks.append(_check("experts", faults, f"opens them as one layer a block ({proof})"))
+        checks.append(
+            contract_check("experts", faults, f"opens them as one layer a block ({proof})")
+        )
     if support.fuses_shared_inputs:
         mixed = list(_mixed_groups(structure, assigned))
-        checks.append(_check("fused layers", mixed, "one scheme for q/k/v and for gate/up"))
+        checks.append(contract_check("fused layers", mixed, "one scheme for q/k/v and for gate/up"))
     return Consumer(name=name, version=support.version, checks=tuple(checks))
+
+
+def unknown_consumer(name: str) -> ContractError:
+    """The error for a consumer that nobody knows."""
+    known = list(load_consumers())
+    return ContractError(
+        f"unknown consumer {name!r}{_nearest(name, known)}", f"choose among {', '.join(known)}"
+    )
 
 
 def _proof(support: FormatSupport, schemes: Mapping[str, Scheme]) -> str:

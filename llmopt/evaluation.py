@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmopt.calibration.tokenizer import PROBE_TEXT, encode, load_tokenizer
-from llmopt.checkpoint.reader import CheckpointReader, open_checkpoint
-from llmopt.checkpoint.structure import ModelStructure, read_structure
+from llmopt.checkpoint.placement import companion_folder
+from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.tensor_source import TensorSource
+from llmopt.comparison import Comparison, compare, compare_gguf
 from llmopt.environment import check_device
-from llmopt.errors import (
-    EXIT_CODES,
-    BadInputError,
-    BrokenArtifactError,
-    ExitCode,
-    NumericalError,
-)
-from llmopt.formats.config_file import quantization_config
-from llmopt.formats.dequantized import DequantizedSource
+from llmopt.errors import EXIT_CODES, BadInputError, BrokenArtifactError, ExitCode, NumericalError
+from llmopt.formats.gguf.record import check_tensor_data, read_verdict
+from llmopt.formats.gguf.source import GGUFSource
 from llmopt.progress import Progress, silent
-from llmopt.quantization.scheme import Scheme
 from llmopt.recipe import EvaluationSection, GateSection, Recipe
 from llmopt.report.integrity import changed_files
 from llmopt.report.json_file import read_json
 from llmopt.report.schema import JSON_NAME
 from llmopt.rounded import RoundedSource
 from llmopt.scoring import WalkerScorer
+from llmopt.spilled import SpilledSource
 from llmopt.texts import EvaluationText, prepare_evaluation
 from llmopt_evals.errors import EvaluationError, NotFiniteError
 from llmopt_evals.gate import check_text, run_gate
@@ -39,13 +32,13 @@ from llmopt_evals.scorer import Passage, Scorer, Scores
 from llmopt_evals.units import HeldOutText
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from llmopt_evals.judging import PairedTask
     from llmopt_evals.verdict import Verdict
 
+ENGINES = ("llama.cpp",)
+"""What can compute a candidate in the place of llmopt's own walk."""
+
 _TOKENS_PER_BATCH = 4096
-UNQUANTIZED_BITS = 8  # an unquantized candidate is held to the strictest margins there are
 _NOISE_TOKENS_PER_BATCH = 1024  # another batch shape than the one everything else is scored in
 
 
@@ -62,31 +55,6 @@ class Evaluation:
     verdict: Verdict
     notes: tuple[str, ...]
     exit_code: ExitCode
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A candidate on disk and all that judging it needs.
-
-    Attributes:
-        reader: the source checkpoint.
-        structure: of the source.
-        candidate: the candidate's weights under the source's names.
-        candidate_structure: of the candidate, from its own ``config.json``.
-        schemes: by the source's tensor names; none if the candidate is not quantized.
-        is_plain_rounding: whether the candidate is its own yardstick of the relative criterion.
-        bits: the width that most of the quantized parameters have; it decides the margins.
-        tokenizer: the source's.
-    """
-
-    reader: CheckpointReader
-    structure: ModelStructure
-    candidate: TensorSource
-    candidate_structure: ModelStructure
-    schemes: Mapping[str, Scheme]
-    is_plain_rounding: bool
-    bits: int
-    tokenizer: PreTrainedTokenizerBase
 
 
 @contextmanager
@@ -109,19 +77,30 @@ def judge(
     scratch: Path,
     *,
     device: str = "cpu",
+    through: Scorer | None = None,
     progress: Progress = silent,
 ) -> Verdict:
     """Run the gate.
+
+    Args:
+        comparison: what is judged, beside its source.
+        text: held out.
+        gate: the criteria.
+        scratch: folder for working files.
+        device: where blocks compute.
+        through: an engine that computes the candidate; its bytes, dequantized, without one.
+        progress: told of every step.
 
     Raises:
         EvaluationError: too little text for the criteria, NaN logits of the source.
         BrokenArtifactError: the candidate computes NaN or infinity.
     """
+    # Reading these tables costs what dequantizing, or rounding, them costs.
+    artifact = SpilledSource(comparison.candidate, comparison.tables, scratch)
 
     def scorer(source: TensorSource, label: str, tokens: int = _TOKENS_PER_BATCH) -> WalkerScorer:
-        own = source is comparison.candidate
         return WalkerScorer(
-            comparison.candidate_structure if own else comparison.structure,
+            comparison.candidate_structure if source is artifact else comparison.structure,
             source,
             scratch,
             device=device,
@@ -131,11 +110,14 @@ def judge(
         )
 
     reference = scorer(comparison.reader, "source")
-    candidate = _Judged(scorer(comparison.candidate, "artifact"))
+    candidate = _Judged(through or scorer(artifact, "artifact"))
     baseline: Scorer | None = candidate if comparison.is_plain_rounding else None
     if comparison.schemes and not comparison.is_plain_rounding:
         rounded = RoundedSource(comparison.reader, comparison.schemes)
-        baseline = scorer(rounded, "plain rounding")
+        structure = comparison.structure
+        named = (structure.embed_disk_name, structure.head_disk_name)
+        tables = [name for name in named if name is not None and name in comparison.schemes]
+        baseline = scorer(SpilledSource(rounded, tables, scratch), "plain rounding")
     try:
         run = run_gate(
             reference,
@@ -183,7 +165,7 @@ def check_tasks(gate: GateSection) -> None:
 class _Judged:
     """The candidate: where it computes NaN, the artifact is at fault and not the user's text."""
 
-    def __init__(self, scorer: WalkerScorer) -> None:
+    def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
 
     def score(self, sequences: Sequence[Passage]) -> Scores:
@@ -198,14 +180,6 @@ def _broken(what: str) -> BrokenArtifactError:
         f"the artifact does not compute: {what}",
         "do not use it; look at its scales and its unquantized tensors",
     )
-
-
-def margin_bits(sizes: Iterable[tuple[Scheme, int]]) -> int:
-    """The bit width that most of the quantized parameters have, the wider one of two equals."""
-    parameters: Counter[int] = Counter()
-    for scheme, num_parameters in sizes:
-        parameters[scheme.bits] += num_parameters
-    return max(parameters, key=lambda bits: (parameters[bits], bits))
 
 
 def scratch_bytes(text: HeldOutText, gate: GateSection, hidden_size: int) -> int:
@@ -224,16 +198,20 @@ def evaluate(
     recipe: Recipe | None = None,
     text: str | Sequence[str] | None = None,
     device: str = "cpu",
+    engine: str | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Judge a model on disk against the one it came from.
 
     Args:
-        artifact: folder of a quantized model, or of an unquantized one of the same architecture.
+        artifact: folder of a quantized model, or of an unquantized one of the same architecture;
+            or a GGUF file.
         against: folder of the source.
         recipe: criteria and evaluation sources; the defaults for the bit width without one.
         text: evaluation sources in place of the recipe's.
         device: where blocks compute.
+        engine: ``llama.cpp`` computes a GGUF file as it is served; without a word its tensors are
+            dequantized and computed as the source's are.
         progress: told of every step.
 
     Raises:
@@ -243,82 +221,54 @@ def evaluate(
     check_device(device)
     gate = recipe.gate if recipe else GateSection()
     sources = text or (recipe.evaluation if recipe else EvaluationSection()).sources
-    candidate = open_checkpoint(Path(artifact))
-    comparison = compare(candidate, open_checkpoint(Path(against)))
+    path, source = Path(artifact), open_checkpoint(Path(against))
+    is_file = path.is_file()
+    _check_engine(engine, path)
+    comparison = compare_gguf(path, source) if is_file else compare(open_checkpoint(path), source)
     held_out = prepare_evaluation(
         [sources] if isinstance(sources, str) else sources,
         comparison.tokenizer,
-        context_length=comparison.structure.context_length,
+        context_length=_shared_context(comparison),
     )
-    notes = _integrity_notes(candidate.path, held_out)
-    with tempfile.TemporaryDirectory(prefix="llmopt-eval-") as scratch:
+    notes = (_file_notes if is_file else _integrity_notes)(path, held_out)
+    with ExitStack() as open_until_judged:
+        scratch = open_until_judged.enter_context(
+            tempfile.TemporaryDirectory(prefix="llmopt-eval-")
+        )
+        through = None
+        if engine is not None:
+            from llmopt.serving.llama_cpp_scorer import llama_cpp_scorer
+
+            through = open_until_judged.enter_context(llama_cpp_scorer(path, progress=progress))
+            notes = (*notes, f"computed by {engine}, which rounds activations too")
         verdict = judge(
-            comparison, held_out.text, gate, Path(scratch), device=device, progress=progress
+            comparison,
+            held_out.text,
+            gate,
+            Path(scratch),
+            device=device,
+            through=through,
+            progress=progress,
         )
     return Evaluation(verdict, notes, EXIT_CODES[verdict.outcome])
 
 
-def compare(candidate: CheckpointReader, reader: CheckpointReader) -> Comparison:
-    """Set a model on disk beside its source.
-
-    The candidate is what its own files say: its config decides how it computes.
-
-    Raises:
-        BadInputError: tensors that are missing, surplus or of another shape than the source's,
-            another vocabulary, or a tokenizer that gives other tokens.
-    """
-    structure = read_structure(reader)
-    tokenizer = load_tokenizer(reader.path).tokenizer
-    quantized = quantization_config(candidate) is not None
-    source = DequantizedSource(candidate) if quantized else candidate
-    own = read_structure(source)
-    _check_same_model(candidate.path, source, own, reader, structure)
-    _check_same_tokens(candidate.path, tokenizer)
-    schemes: dict[str, Scheme] = {}
-    bits = UNQUANTIZED_BITS
-    if isinstance(source, DequantizedSource):
-        schemes = {f"{m}.weight": source.scheme_of(m) for m in source.quantized_modules}
-        sizes = [(schemes[name], source.info(name).num_parameters) for name in schemes]
-        bits = margin_bits(sizes)
-    return Comparison(reader, structure, source, own, schemes, False, bits, tokenizer)
-
-
-def _check_same_model(
-    path: Path,
-    source: TensorSource,
-    own: ModelStructure,
-    reader: CheckpointReader,
-    structure: ModelStructure,
-) -> None:
-    remedy = "compare a model with the very checkpoint it was made from"
-    theirs, ours = set(reader.names), set(source.names)
-    if structure.tied_head and structure.head_disk_name is not None:
-        theirs.discard(structure.head_disk_name)
-        ours.discard(structure.head_disk_name)
-    for names, word in ((theirs - ours, "lacks"), (ours - theirs, "adds")):
-        if names:
-            some = ", ".join(sorted(names)[:3])
-            raise BadInputError(f"{path} {word} {len(names)} tensors, for example {some}", remedy)
-    for name in sorted(theirs):
-        mine, other = source.info(name).shape, reader.info(name).shape
-        if tuple(mine) != tuple(other):
-            raise BadInputError(
-                f"{name} is {list(mine)} in {path}, {list(other)} in the source", remedy
-            )
-    if own.vocabulary_size != structure.vocabulary_size:
+def _check_engine(engine: str | None, path: Path) -> None:
+    if engine is None:
+        return
+    if engine not in ENGINES:
+        raise BadInputError(f"unknown engine {engine!r}", f"choose one of {', '.join(ENGINES)}")
+    if not path.is_file():
         raise BadInputError(
-            f"{path} has {own.vocabulary_size} logits, the source {structure.vocabulary_size}",
-            remedy,
+            f"{engine} computes a GGUF file, and {path} is none", "give a .gguf file"
         )
 
 
-def _check_same_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    own = load_tokenizer(path).tokenizer
-    if encode([PROBE_TEXT], own) != encode([PROBE_TEXT], tokenizer):
-        raise BadInputError(
-            f"the tokenizer of {path} gives other tokens than the source's on a probe text",
-            "copy the source's tokenizer files into it",
-        )
+def _shared_context(comparison: Comparison) -> int | None:
+    """Tokens within which both compute what they were made for."""
+    structures = (comparison.structure, comparison.candidate_structure)
+    lengths = [s.context_length for s in structures if s.context_length is not None]
+    return min(lengths, default=None)
 
 
 def _integrity_notes(artifact: Path, held_out: EvaluationText) -> tuple[str, ...]:
@@ -332,6 +282,24 @@ def _integrity_notes(artifact: Path, held_out: EvaluationText) -> tuple[str, ...
     if held_out.sha256 != report.evaluation.sha256:
         return (*changed, "measured on another text than when it was gated")
     return changed
+
+
+def _file_notes(file: Path, held_out: EvaluationText) -> tuple[str, ...]:
+    """What a reader must know of a GGUF file: its hash, its verdict, the text it was gated on."""
+    try:
+        verdict = read_verdict(GGUFSource(file).file)
+        if verdict is None:
+            return ("no verdict inside: this file was not gated by llmopt before",)
+        check_tensor_data(file)
+    except BadInputError as error:
+        return (error.what,)
+    notes = () if verdict.get("outcome") == "pass" else (f"its own verdict is {verdict}",)
+    report = companion_folder(file) / JSON_NAME
+    if not report.is_file():
+        return (*notes, f"its report {report} is not there")
+    if read_json(report).evaluation.sha256 != held_out.sha256:
+        return (*notes, "measured on another text than when it was gated")
+    return notes
 
 
 def _run_tasks(

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import JsonValue
 
+from llmopt.checkpoint.placement import companion_folder
 from llmopt.checkpoint.reader import CheckpointReader, MappedFile, open_checkpoint
 from llmopt.checkpoint.tensor_source import TensorInfo
 from llmopt.errors import BadInputError
 from llmopt.formats.config_file import quantization_config
 from llmopt.formats.dequantized import DequantizedSource
+from llmopt.formats.gguf.file import GGUFFile
+from llmopt.formats.gguf.header import MAGIC
+from llmopt.formats.gguf.record import (
+    TENSOR_DATA_KEY,
+    VERDICT_KEY,
+    check_tensor_data,
+    read_verdict,
+)
 from llmopt.report.inspection import Inspection, TensorLine
-from llmopt.report.integrity import changed_files
+from llmopt.report.integrity import changed_files, changed_gguf
 from llmopt.report.json_file import read_json
 from llmopt.report.schema import JSON_NAME
 
+_MAX_TEXT = 60
+
 
 def inspect_path(path: Path | str) -> Inspection:
-    """Look at a folder or a ``.safetensors`` file.
+    """Look at a folder, a ``.safetensors`` file or a GGUF file of any tool.
 
     Of tensors only the headers are read, but every file of an artifact is hashed, weights too, to
     tell whether it is as it was gated. The schemes of a checkpoint that another tool quantized
@@ -56,14 +67,62 @@ def _architecture(config: Mapping[str, JsonValue]) -> str:
 
 
 def _inspect_file(path: Path) -> Inspection:
+    with path.open("rb") as stream:
+        if stream.read(len(MAGIC)) == MAGIC:
+            return _inspect_gguf(path)
     if path.suffix != ".safetensors":
         raise BadInputError(
-            f"{path} is not a .safetensors file", "give a model folder or a .safetensors file"
+            f"{path} is neither a .safetensors nor a GGUF file",
+            "give a model folder, a .safetensors file or a GGUF file",
         )
     file = MappedFile(path)
     return Inspection(
         path=path, kind="file", tensors=_lines((name, file.info(name)) for name in file.places)
     )
+
+
+def _inspect_gguf(path: Path) -> Inspection:
+    file = GGUFFile(path)
+    report_file = companion_folder(path) / JSON_NAME
+    report = read_json(report_file) if report_file.is_file() else None
+    verdict = read_verdict(file)
+    infos = [file.info(name) for name in file.names]
+    matrices = Counter(info.type.name for info in infos if not info.type.is_plain)
+    return Inspection(
+        path=path,
+        kind="GGUF file",
+        tensors=tuple(TensorLine(i.name, i.type.name, i.shape, i.num_bytes) for i in infos),
+        architecture=str(file.metadata.get("general.architecture", "unknown")),
+        format="gguf",
+        schemes=dict(matrices.most_common()),
+        report=report,
+        changed=tuple(changed_gguf(path, report)) if report else (),
+        metadata=dict(_metadata(file)),
+        verdict=None if verdict is None else str(verdict.get("outcome", "not judged")),
+        intact=_is_intact(path) if TENSOR_DATA_KEY in file.metadata else None,
+    )
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        check_tensor_data(path)
+    except BadInputError:
+        return False
+    return True
+
+
+def _metadata(file: GGUFFile) -> Iterator[tuple[str, str]]:
+    """Every value, in a line each; the two records of llmopt's have lines of their own."""
+    for key, value in file.metadata.items():
+        if key in (TENSOR_DATA_KEY, VERDICT_KEY):
+            continue
+        if isinstance(value, str):
+            line = " ".join(value.split())
+            yield key, line if len(line) <= _MAX_TEXT else f"{line[:_MAX_TEXT]}… ({len(value)})"
+        elif isinstance(value, bool | int | float):
+            yield key, f"{value:.7g}" if isinstance(value, float) else str(value)
+        else:
+            yield key, f"{len(value):,} values"
 
 
 def _lines(tensors: Iterable[tuple[str, TensorInfo]]) -> tuple[TensorLine, ...]:

@@ -9,29 +9,28 @@ from pathlib import Path
 
 import torch
 
+from llmopt.agreement import Agreement
 from llmopt.calibration.hidden_states import file_size
 from llmopt.calibration.tokenizer import LoadedTokenizer, load_tokenizer
 from llmopt.calibration.walker import TokenBatch, calibration_walker
 from llmopt.checkpoint.artifact import Artifact, check_output, check_space, open_artifact
-from llmopt.checkpoint.companions import plan_companions
 from llmopt.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmopt.checkpoint.scan import combined_digest, scan_tensors
 from llmopt.checkpoint.structure import ModelStructure, read_structure
-from llmopt.contract import Contract, draw_contract
 from llmopt.environment import check_device, describe_environment, fingerprint
 from llmopt.errors import BadInputError
 from llmopt.evaluation import (
     check_gate,
     check_tasks,
-    margin_bits,
     one_error_family,
     scratch_bytes,
 )
 from llmopt.progress import Progress
 from llmopt.recipe import Recipe, load_recipe
 from llmopt.report.schema import Environment
+from llmopt.targets import choose_placement, choose_target
+from llmopt.targets.base import Target
 from llmopt.texts import Texts, check_lengths, prepare_texts
-from llmopt.writing import Part, plan_parts
 
 _BATCH_TOKENS = 2048
 
@@ -43,14 +42,12 @@ class Job:
     reader: CheckpointReader
     structure: ModelStructure
     recipe: Recipe
-    contract: Contract
+    target: Target
     tokenizer: LoadedTokenizer
     texts: Texts
     environment: Environment
     device: str
-    bits: int
     digests: dict[str, str]
-    parts: tuple[Part, ...]
 
     @property
     def source_sha256(self) -> str:
@@ -68,8 +65,8 @@ def check(
     output: Path | str,
     *,
     device: str = "cpu",
-) -> Contract:
-    """The contract alone, in seconds; ``Contract.refusals`` says what does not hold.
+) -> Agreement:
+    """The contract alone, in seconds; ``Agreement.refusals`` says what does not hold.
 
     No text is read and no weight.
 
@@ -78,14 +75,14 @@ def check(
             something that llmopt does not know or that does not fit the model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    _check_paths(Path(source), Path(output), resume=False)
+    _check_paths(Path(source), Path(output), recipe, resume=False)
     check_device(device)
     reader = open_checkpoint(Path(source))
     load_tokenizer(Path(source))
     structure = read_structure(reader)
     check_lengths(recipe, structure.context_length)
     check_tasks(recipe.gate)
-    return draw_contract(reader, structure, recipe)
+    return choose_target(reader, structure, recipe, device).contract
 
 
 def prepare(
@@ -113,45 +110,40 @@ def prepare(
         EvaluationError: the held-out text cannot be measured on.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    _check_paths(source, output, resume)
+    _check_paths(source, output, recipe, resume)
     check_device(device)
     reader = open_checkpoint(source)
     structure = read_structure(reader)
-    contract = draw_contract(reader, structure, recipe)
-    contract.enforce()
+    target = choose_target(reader, structure, recipe, device)
+    target.contract.enforce()
     tokenizer = load_tokenizer(source)
-    bits = _width_of_margins(structure, contract)
     if texts is None:
-        texts = prepare_texts(recipe, tokenizer.tokenizer, context_length=structure.context_length)
-        check_gate(recipe.gate, bits, texts.evaluation.text)
+        texts = prepare_texts(recipe, tokenizer.tokenizer, context_length=target.context_length)
+        check_gate(recipe.gate, target.bits, texts.evaluation.text)
     walker = calibration_walker(structure, reader, device)
     job = Job(
         reader=reader,
         structure=structure,
         recipe=recipe,
-        contract=contract,
+        target=target,
         tokenizer=tokenizer,
         texts=texts,
         environment=describe_environment(device, walker.dtype),
         device=device,
-        bits=bits,
         digests={},
-        parts=plan_parts(reader, structure),
     )
     check_space(output, _needed_bytes(job))
     # Last, for it reads every byte of the source.
     return replace(job, digests=scan_tensors(reader, progress))
 
 
-def _width_of_margins(structure: ModelStructure, contract: Contract) -> int:
-    weights = structure.skeleton.get_parameter
-    return margin_bits(
-        (scheme, weights(f"{name}.weight").numel()) for name, scheme in contract.schemes.items()
-    )
-
-
-def _check_paths(source: Path, output: Path, resume: bool) -> None:
-    check_output(output, resume=resume)
+def _check_paths(source: Path, output: Path, recipe: Recipe, resume: bool) -> None:
+    if recipe.quantize.is_ggml and output.suffix != ".gguf":
+        raise BadInputError(
+            f"the output {output} is to be a GGUF file, and its name does not end in .gguf",
+            f"call it {output.name}.gguf, as llama.cpp and its like look for such files",
+        )
+    check_output(output, resume=resume, placement=choose_placement(recipe))
     if output.resolve().is_relative_to(source.resolve()):
         raise BadInputError(
             f"the output {output} lies inside the source {source}, which llmopt only reads",
@@ -165,19 +157,19 @@ def stage_artifact(job: Job, output: Path, resume: bool) -> Artifact:
         job.environment,
         source=job.source_sha256,
         recipe=job.recipe.sha256(),
-        calibration=job.texts.calibration_sha256,
+        calibration=job.texts.calibration_sha256 + job.target.given_sha256,
     )
-    return open_artifact(output, contents, resume=resume, needed_bytes=_needed_bytes(job))
+    return open_artifact(
+        output,
+        contents,
+        resume=resume,
+        needed_bytes=_needed_bytes(job),
+        placement=job.target.placement,
+    )
 
 
 def _needed_bytes(job: Job) -> int:
-    """Disk space of the artifact, its companions and the largest scratch files."""
-    weights = sum(job.reader.info(name).num_bytes for name in job.reader.names)
-    for name, scheme in job.contract.schemes.items():
-        info = job.reader.info(job.structure.disk_name(f"{name}.weight"))
-        rows, columns = info.shape
-        bits = job.contract.form.bits_per_weight(scheme, (rows, columns), info.dtype)
-        weights += int(info.num_parameters * bits / 8) - info.num_bytes
+    """Disk space of what is staged and of the largest scratch files."""
     calibration = job.texts.calibration
     hidden = 0
     if calibration is not None:
@@ -185,7 +177,7 @@ def _needed_bytes(job: Job) -> int:
         shapes = [batch.shape for batch in calibration_batches(calibration.blocks)]
         hidden = 2 * file_size(shapes, job.structure.hidden_size, dtype)
     judging = scratch_bytes(job.texts.evaluation.text, job.recipe.gate, job.structure.hidden_size)
-    return weights + plan_companions(job.reader.path).num_bytes + max(hidden, judging)
+    return job.target.num_bytes + max(hidden, judging)
 
 
 def calibration_batches(blocks: torch.Tensor) -> list[TokenBatch]:

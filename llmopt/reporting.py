@@ -16,12 +16,11 @@ import llmopt
 from llmopt.calibration.overlap import MAX_OVERLAPPING_DOCUMENTS
 from llmopt.checkpoint.companions import Companions
 from llmopt.checkpoint.journal import BlockEntry
-from llmopt.checkpoint.ledger import Fate, Ledger
+from llmopt.checkpoint.ledger import Ledger
 from llmopt.errors import BrokenArtifactError, RoundTripError
 from llmopt.report.card import write_card
 from llmopt.report.failure import Failure
 from llmopt.report.html import write_html
-from llmopt.report.integrity import hash_files
 from llmopt.report.json_file import write_json
 from llmopt.report.schema import (
     Calibration,
@@ -37,11 +36,11 @@ from llmopt.report.schema import (
     Report,
     RoundTrip,
     ScaleRecord,
-    Sizes,
     Source,
 )
 
 if TYPE_CHECKING:
+    from llmopt.checkpoint.artifact import Artifact
     from llmopt.job import Job
     from llmopt_evals.verdict import Verdict
 
@@ -75,14 +74,13 @@ def read_records(entries: Sequence[BlockEntry]) -> BlockRecords:
 
 def _read(record: type[_Record], entries: Sequence[BlockEntry], key: str) -> Iterator[_Record]:
     for entry in entries:
-        for data in TypeAdapter(list[JsonValue]).validate_python(entry.payload[key]):
+        for data in TypeAdapter(list[JsonValue]).validate_python(entry.payload.get(key, [])):
             yield record.model_validate(data)
 
 
 def assemble_report(
     job: Job,
-    directory: Path,
-    name: str,
+    artifact: Artifact,
     records: BlockRecords,
     ledger: Ledger,
     companions: Companions,
@@ -94,8 +92,7 @@ def assemble_report(
 
     Args:
         job: what was known before the first block.
-        directory: the staged artifact, complete but for the report.
-        name: the artifact's.
+        artifact: staged, complete but for the report.
         records: of the quantized layers, and of the scales folded before.
         ledger: of all source tensors.
         companions: files carried and left out.
@@ -106,12 +103,12 @@ def assemble_report(
     return Report(
         llmopt_version=llmopt.__version__,
         created=_now(),
-        name=name,
+        name=artifact.output.name,
         format=job.recipe.output.format,
         source=_source(job, companions),
         recipe=_recipe(job),
-        consumers=job.contract.consumers,
-        contract=job.contract.checks,
+        consumers=job.target.contract.consumers,
+        contract=job.target.contract.checks,
         calibration=_calibration(job),
         evaluation=_evaluation(job),
         environment=job.environment,
@@ -120,19 +117,19 @@ def assemble_report(
         ledger=LedgerRecord(totals=ledger.summary(), entries=ledger.entries),
         companions=CompanionFiles(carried=companions.copied, left_out=companions.left_out),
         round_trip=round_trip,
-        sizes=_sizes(job, directory, ledger),
+        sizes=job.target.sizes(artifact, ledger),
         coverage=_coverage(records, _expert_layers(job)),
         verdict=verdict,
-        margins_for_bits=job.bits,
+        margins_for_bits=job.target.bits,
         timings=dict(timings),
-        files=hash_files(directory),
+        files=job.target.files(artifact),
+        gguf=job.target.describe(artifact),
     )
 
 
 def assemble_failure(
     job: Job,
-    directory: Path,
-    name: str,
+    artifact: Artifact,
     layers: Sequence[LayerRecord],
     companions: Companions,
     error: RoundTripError | BrokenArtifactError,
@@ -142,7 +139,7 @@ def assemble_failure(
     return Failure(
         llmopt_version=llmopt.__version__,
         created=_now(),
-        name=name,
+        name=artifact.output.name,
         stage="round trip" if isinstance(error, RoundTripError) else "gate",
         what=error.what,
         remedy=error.remedy,
@@ -151,7 +148,7 @@ def assemble_failure(
         environment=job.environment,
         layers=tuple(layers),
         timings=dict(timings),
-        files=hash_files(directory),
+        files=job.target.files(artifact),
     )
 
 
@@ -237,23 +234,10 @@ def _evaluation(job: Job) -> Evaluation:
     )
 
 
-def _sizes(job: Job, directory: Path, ledger: Ledger) -> Sizes:
-    source_bytes = sum(job.reader.info(name).num_bytes for name in job.reader.names)
-    artifact_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    quantized = ledger.summary()[Fate.QUANTIZED]
-    kept_bytes = source_bytes - quantized.num_bytes - ledger.summary()[Fate.TIED].num_bytes
-    packed_bytes = artifact_bytes - kept_bytes
-    return Sizes(
-        source_bytes=source_bytes,
-        artifact_bytes=artifact_bytes,
-        ratio=artifact_bytes / source_bytes,
-        bits_per_weight=8 * packed_bytes / quantized.num_parameters,
-    )
-
-
 def _coverage(records: BlockRecords, in_experts: Collection[str]) -> Coverage:
     layers = records.layers
-    tokens = [layer.num_tokens for layer in layers]
+    # What a GGUF file holds outside the blocks is rounded without text, or with the head's inputs.
+    tokens = [layer.num_tokens for layer in layers if layer.block is not None]
     reasons: dict[str, dict[str, None]] = {}
     for fold in records.declined:
         reasons.setdefault(fold.producer, {})[fold.reason] = None
@@ -269,9 +253,12 @@ def _coverage(records: BlockRecords, in_experts: Collection[str]) -> Coverage:
 
 def _expert_layers(job: Job) -> set[str]:
     structure = job.structure
-    return {
-        structure.disk_module(name) for name in job.contract.schemes if structure.is_in_expert(name)
-    }
+    names = (
+        f"{structure.block_prefix(block)}.{linear}"
+        for block in range(structure.num_blocks)
+        for linear in structure.linear_names(block)
+    )
+    return {structure.disk_module(name) for name in names if structure.is_in_expert(name)}
 
 
 def _expert_tokens(

@@ -8,6 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from llmopt.checkpoint.tensor_source import TensorInfo, TensorSource
+from llmopt.quantization.ggml.quantize import quantize_blocks
+from llmopt.quantization.ggml.types import GGMLType
 from llmopt.quantization.rtn import rtn
 from llmopt.quantization.scheme import Scheme
 
@@ -20,11 +22,9 @@ class RoundedSource:
         schemes: by tensor name in ``source`` (``....q_proj.weight``).
     """
 
-    def __init__(self, source: TensorSource, schemes: Mapping[str, Scheme]) -> None:
+    def __init__(self, source: TensorSource, schemes: Mapping[str, Scheme | GGMLType]) -> None:
         self._source = source
-        self._schemes = {
-            name: replace(scheme, activation_order="none") for name, scheme in schemes.items()
-        }
+        self._schemes = schemes
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -40,4 +40,8 @@ class RoundedSource:
         weight = self._source.read(name)
         if name not in self._schemes:
             return weight
-        return rtn(weight, self._schemes[name], scale_dtype=weight.dtype).dequantize()
+        scheme = self._schemes[name]
+        if isinstance(scheme, GGMLType):  # as llama.cpp does without an importance matrix
+            return quantize_blocks(weight, scheme, search="compatible").dequantize()
+        scheme = replace(scheme, activation_order="none")
+        return rtn(weight, scheme, scale_dtype=weight.dtype).dequantize()

@@ -9,9 +9,12 @@ from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.scan import tensor_digest
 from llmopt.errors import RoundTripError
 from llmopt.formats.independent import RawShards, find_decoder
+from llmopt.formats.independent.gguf import GGUFDecoder
 from llmopt.progress import Progress
 from llmopt.quantization.scheme import Scheme
 from llmopt.report.schema import RoundTrip
+
+_DEFECT = "check the disk; if it is sound, report this as a defect of llmopt"
 
 
 def check_round_trip(
@@ -57,8 +60,37 @@ def check_round_trip(
     return RoundTrip(num_tensors=total, num_mismatches=0)
 
 
+def check_gguf_round_trip(path: Path, solved: Mapping[str, str], progress: Progress) -> RoundTrip:
+    """Decode every tensor of a GGUF file by the ``gguf`` package, which shares no code with ours.
+
+    Args:
+        path: the staged file.
+        solved: digest of each tensor's values in the file's order, by its name there.
+        progress: told of each tensor.
+
+    Raises:
+        RoundTripError: naming what differs; nothing is published then.
+    """
+    try:
+        decoder = GGUFDecoder(path)
+    except (ValueError, OSError) as error:
+        raise RoundTripError(f"the gguf package does not read {path}: {error}", _DEFECT) from error
+    missing = decoder.names.symmetric_difference(solved)
+    if missing:
+        raise _mismatch(sorted(missing))
+    different = []
+    for done, (name, digest) in enumerate(solved.items()):
+        progress("read back", done, len(solved))
+        if decoder.digest(name) != digest:
+            different.append(name)
+    progress("read back", len(solved), len(solved))
+    if different:
+        raise _mismatch(different)
+    return RoundTrip(num_tensors=len(solved), num_mismatches=0)
+
+
 def _mismatch(names: list[str]) -> RoundTripError:
     return RoundTripError(
         f"{len(names)} tensors on disk are not what was calibrated: {', '.join(names[:5])}",
-        "check the disk; if it is sound, report this as a defect of llmopt",
+        _DEFECT,
     )

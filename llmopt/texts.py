@@ -83,39 +83,61 @@ def prepare_texts(
         EvaluationError: fewer than 30 units.
     """
     section = recipe.calibration
-    calibrates = recipe.calibrates
     sources = recipe.evaluation.sources
     check_lengths(recipe, context_length)
     _check_distinct([section.source, *sources] if section.source != BUILTIN else sources)
 
-    documents = read_documents(
-        section.source,
-        split="calibration",
-        tokenizer=tokenizer,
-        max_documents=_max_documents(section) if is_data_set(section.source) else None,
-    )
     held_out: list[tuple[str, list[Document]]] = []
-    if section.source != BUILTIN:
-        share = recipe.evaluation.own_text_share
-        documents, own = split_documents(documents, share, section.seed)
-        held_out.append((f"held-out part of {section.source}", own))
     calibration = None
     seen: list[TokenDocument] = []
-    if calibrates:
-        calibration = cut_blocks(
-            documents,
-            tokenizer,
-            num_samples=section.num_samples,
-            sequence_length=section.sequence_length,
-            seed=section.seed,
-        )
+    if recipe.calibrates:
+        calibration, own = prepare_calibration(recipe, tokenizer)
         seen = list(calibration.documents)
+    else:
+        _, own = _calibration_documents(recipe, tokenizer)
+    if section.source != BUILTIN:
+        held_out.append((f"held-out part of {section.source}", own))
     held_out += _read_sources(sources, tokenizer)
     return Texts(
         calibration=calibration,
         calibration_sha256=_sha256([calibration.blocks] if calibration else []),
         evaluation=_evaluation_text(held_out, seen, tokenizer, context_length),
     )
+
+
+def prepare_calibration(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenBlocks, list[Document]]:
+    """The text that calibrates, in blocks; and the held-out part of a text of the user's own.
+
+    Raises:
+        BadInputError: a text missing, empty or too short.
+    """
+    section = recipe.calibration
+    documents, own = _calibration_documents(recipe, tokenizer)
+    blocks = cut_blocks(
+        documents,
+        tokenizer,
+        num_samples=section.num_samples,
+        sequence_length=section.sequence_length,
+        seed=section.seed,
+    )
+    return blocks, own
+
+
+def _calibration_documents(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Document], list[Document]]:
+    section = recipe.calibration
+    documents = read_documents(
+        section.source,
+        split="calibration",
+        tokenizer=tokenizer,
+        max_documents=_max_documents(section) if is_data_set(section.source) else None,
+    )
+    if section.source == BUILTIN:
+        return documents, []
+    return split_documents(documents, recipe.evaluation.own_text_share, section.seed)
 
 
 def prepare_evaluation(

@@ -13,10 +13,10 @@ from support.small_jobs import small_recipe, write_job, write_text
 from support.tiny_models import rewrite_config
 
 import llmopt
+from llmopt.comparison import margin_bits
 from llmopt.errors import BadInputError, BrokenArtifactError, ExitCode
-from llmopt.evaluation import Evaluation, margin_bits
+from llmopt.evaluation import Evaluation
 from llmopt.pipeline import quantize
-from llmopt.quantization.scheme import Scheme
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,6 @@ def test_another_tokenizer_is_no_comparison(artifact: Path, source: Path, text: 
 
 
 def test_margins_follow_the_width_of_most_parameters() -> None:
-    assert margin_bits([(Scheme(bits=4), 100), (Scheme(bits=2), 1)]) == 4
-    assert margin_bits([(Scheme(bits=4), 7), (Scheme(bits=2), 9)]) == 2
-    assert margin_bits([(Scheme(bits=8), 5), (Scheme(bits=3), 5)]) == 8
+    assert margin_bits([(4, 100), (2, 1)]) == 4
+    assert margin_bits([(4, 7), (2, 9)]) == 2
+    assert margin_bits([(8, 5), (3, 5)]) == 8

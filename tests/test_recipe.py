@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmopt.errors import BadInputError
-from llmopt.recipe import load_recipe, matches, parse_recipe, recipe_files
+from llmopt.recipe import Recipe, load_recipe, matches, parse_recipe, recipe_files
 
 QUANTIZE = {"kind": "quantize", "solver": "rtn"}
 
@@ -13,6 +13,8 @@ QUANTIZE = {"kind": "quantize", "solver": "rtn"}
 def test_the_projects_recipes_are_the_promised_ones_and_all_load() -> None:
     promised = {"int4-gptq", "int4-gptq-g32", "int4-awq", "int4-awq-gptq", "w4a16-gptq-file"}
     promised |= {"w4a16-awq-file", "int4-rtn", "int8-rtn", "int3-gptq", "int4-gptq-moe"}
+    promised |= {"gguf-q4_k_m", "gguf-q4_k_m-gptq", "gguf-q5_k_m", "gguf-q6_k", "gguf-q8_0"}
+    promised |= {"gguf-q3_k_m", "gguf-iq4_xs"}
     assert promised <= set(recipe_files())
     for name in recipe_files():
         recipe = load_recipe(name)
@@ -53,6 +55,66 @@ def test_an_unknown_recipe_suggests_the_nearest() -> None:
 def test_a_fault_names_its_key(data: dict[str, object], message: str) -> None:
     with pytest.raises(BadInputError, match=message):
         parse_recipe({"name": "x", "stages": [QUANTIZE], **data})
+
+
+GGML = {"solver": "rtn", "scheme": {"type": "Q4_K_M"}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections", "message"),
+    [
+        (GGML, {"output": {}}, "go together; this recipe has a GGUF type and format compressed"),
+        (QUANTIZE, {}, "go together; this recipe has an integer scheme and format gguf"),
+        ({**GGML, "clip": "mse"}, {}, "clip: ggml's blocks find their scales by `search`"),
+        ({**GGML, "refine_scales": True}, {}, "refine_scales: "),
+        ({**GGML, "static_groups": False}, {}, "static_groups: "),
+        ({**GGML, "damping": 0.1}, {}, "damping: rounding has no Hessian"),
+        ({**QUANTIZE, "search": "compatible"}, {"output": {}}, "search: only GGUF types"),
+        ({**QUANTIZE, "importance": False}, {"output": {}}, "importance: only GGUF types"),
+        ({**GGML, "search": "fast"}, {}, "stages.0.search: "),
+        ({**GGML, "scheme": {"type": "Q4_K", "bits": 4}}, {}, "unknown key 'stages.0.scheme.bits'"),
+        ({**GGML, "scheme": {"typ": "Q4_K"}}, {}, "'stages.0.scheme.typ' \\(did you mean 'type'"),
+        (
+            {**GGML, "overrides": [{"match": "*", "scheme": {"bits": 8}}]},
+            {},
+            "override of '\\*' gives an integer scheme and the stage GGUF types",
+        ),
+        (
+            {**GGML, "importance": False},
+            {"calibration": {"imatrix": "x.gguf"}},
+            "this recipe uses none",
+        ),
+        (GGML, {"output": {"format": "gguf", "tensor_parallel_size": 2}}, "splits a GGUF file"),
+    ],
+)
+def test_what_gguf_types_do_not_go_with_is_refused_in_words(
+    stage: dict[str, object], sections: dict[str, object], message: str
+) -> None:
+    data = {"name": "x", "stages": [stage], "output": {"format": "gguf"}, **sections}
+    with pytest.raises(BadInputError, match=message):
+        parse_recipe(data)
+
+
+def test_an_awq_stage_does_not_go_before_gguf_types() -> None:
+    data = {"name": "x", "stages": [{"kind": "awq"}, GGML], "output": {"format": "gguf"}}
+    with pytest.raises(BadInputError, match="GGUF types have `importance`"):
+        parse_recipe(data)
+
+
+def test_a_gguf_recipe_knows_its_consumer_its_needs_and_its_yardstick() -> None:
+    def recipe(calibration: dict[str, object] | None = None, **stage: object) -> Recipe:
+        data = {"name": "x", "stages": [{**GGML, **stage}], "output": {"format": "gguf"}}
+        return parse_recipe({**data, "calibration": calibration or {}})
+
+    assert recipe().output.consumers == ("llama.cpp",)
+    assert recipe().calibrates and recipe().quantize.found_by == "least-squares"
+    assert not recipe(importance=False).calibrates
+    assert not recipe({"imatrix": "x.gguf"}).calibrates
+    assert recipe({"imatrix": "x.gguf"}, solver="gptq").calibrates
+    plain = {"importance": False, "search": "compatible"}
+    assert recipe(**plain).is_plain_rounding
+    assert not recipe(importance=False).is_plain_rounding
+    assert not recipe({"imatrix": "x.gguf"}, search="compatible").is_plain_rounding
 
 
 def test_one_fault_is_told_once() -> None:

@@ -21,8 +21,9 @@ from llmopt.bench.evaluating import Evaluator, Quality, held_out_blocks
 from llmopt.bench.runners.run_llmopt import given_texts
 from llmopt.checkpoint.durable import storage_errors, write_bytes
 from llmopt.compressing import write_parts
+from llmopt.contract import Contract
 from llmopt.job import Job, prepare, stage_artifact
-from llmopt.pipeline import finish_directory
+from llmopt.pipeline import finish
 from llmopt.progress import Progress, silent
 from llmopt.recipe import Recipe, load_recipe, parse_recipe
 
@@ -169,7 +170,7 @@ def _quantize(
     with stage_artifact(job, output, resume=False) as artifact:
         started = time.monotonic()
         write_parts(job, artifact, silent)
-        finish_directory(job, artifact)
+        finish(job, artifact, silent)
         seconds = time.monotonic() - started
         with storage_errors(f"cannot write {output}"):
             os.replace(artifact.directory, output)
@@ -179,11 +180,13 @@ def _quantize(
 
 
 def _stored_bits(job: Job) -> float:
+    contract = job.target.contract
+    assert isinstance(contract, Contract), "choices are of integer schemes"
     bits = parameters = 0.0
-    for name, scheme in job.contract.schemes.items():
+    for name, scheme in contract.schemes.items():
         info = job.reader.info(job.structure.disk_name(f"{name}.weight"))
         rows, columns = info.shape
-        share = job.contract.form.bits_per_weight(scheme, (rows, columns), info.dtype)
+        share = contract.form.bits_per_weight(scheme, (rows, columns), info.dtype)
         bits += share * info.num_parameters
         parameters += info.num_parameters
     return bits / parameters

@@ -35,6 +35,7 @@ from llmopt.errors import BadInputError, ExitCode, LlmoptError
 from llmopt.progress import Progress, silent
 from llmopt.quantization.scheme import IntBits, Scheme
 from llmopt.recipe import Recipe, load_recipe
+from llmopt.stages import SchemeSection
 from llmopt_evals.errors import EvaluationError
 
 BITS: IntBits = 4
@@ -92,7 +93,9 @@ class Entry:
     def scheme(self) -> Scheme:
         """That of llmopt's recipe; of a peer, groups of 128 as its users get them by default."""
         if self.recipe is not None:
-            return load_recipe(self.recipe).quantize.scheme.scheme()
+            section = load_recipe(self.recipe).quantize.scheme
+            assert isinstance(section, SchemeSection), f"{self.recipe} gives GGUF types"
+            return section.scheme()
         return Scheme(BITS, GROUP_SIZE, self.quantizer.methods[self.method])
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from llmopt.calibration.hidden_states import HiddenStates
-from llmopt.calibration.statistics import InputStatistics, not_finite
+from llmopt.calibration.statistics import ColumnStatistics, InputStatistics, not_finite
 from llmopt.calibration.walker import BlockWalker
 from llmopt.checkpoint.structure import ModelStructure
 from llmopt.errors import BadInputError, NumericalError
 
 Group = tuple[str, ...]
+S = TypeVar("S", bound=ColumnStatistics)
 
 
 class _AllCapturedError(Exception):
@@ -28,6 +30,18 @@ def collect(
     inputs: HiddenStates,
     groups: Sequence[Group],
 ) -> dict[Group, InputStatistics]:
+    """:func:`gather` with the second moments that a Hessian is made of."""
+    return gather(walker, block, module, inputs, groups, InputStatistics)
+
+
+def gather(
+    walker: BlockWalker,
+    block: int,
+    module: nn.Module,
+    inputs: HiddenStates,
+    groups: Sequence[Group],
+    kind: type[S],
+) -> dict[Group, S]:
     """Run a block over all batches as far as the last wanted group, gathering its inputs.
 
     An expert that no token is routed to has statistics of no tokens.
@@ -38,6 +52,7 @@ def collect(
         module: the block itself, from `walker.materialise`, with whatever weights it has by now.
         inputs: the block's hidden states.
         groups: input groups of the block (`ModelStructure.input_groups`), at least one.
+        kind: what to keep of each group's inputs.
 
     Raises:
         NumericalError: NaN or infinity in an input; names the layer and the sample.
@@ -46,7 +61,7 @@ def collect(
     layout = walker.structure.layouts[block]
     prefix = walker.structure.block_prefix(block)
     captured: dict[Group, Tensor] = {}
-    statistics: dict[Group, InputStatistics] = {}
+    statistics: dict[Group, S] = {}
     always = {group for group in groups if layout.expert_of(group[0]) is None}
     last = max(layout.input_groups.index(group) for group in groups)
     handles = []
@@ -55,7 +70,7 @@ def collect(
         raise _AllCapturedError
 
     for group in groups:
-        statistics[group] = empty_statistics(walker, block, module, group)
+        statistics[group] = empty_statistics(walker, block, module, group, kind)
 
         def capture(_: nn.Module, args: tuple[Tensor, ...], group: Group = group) -> None:
             captured[group] = args[0]
@@ -80,20 +95,20 @@ def collect(
 
 
 def empty_statistics(
-    walker: BlockWalker, block: int, module: nn.Module, group: Group
-) -> InputStatistics:
+    walker: BlockWalker, block: int, module: nn.Module, group: Group, kind: type[S]
+) -> S:
     """Statistics of a group's input before the first batch."""
     linear = module.get_submodule(group[0])
     assert isinstance(linear, nn.Linear)
     prefix = walker.structure.block_prefix(block)
     name = ", ".join(f"{prefix}.{path}" for path in group)
-    return InputStatistics(name, linear.in_features, walker.device)
+    return kind(name, linear.in_features, walker.device)
 
 
 def check_experts(
     structure: ModelStructure,
     block: int,
-    statistics: Mapping[Group, InputStatistics],
+    statistics: Mapping[Group, ColumnStatistics],
     min_tokens: int,
 ) -> None:
     """Hold that every expert among the groups of `statistics` saw at least `min_tokens` tokens.

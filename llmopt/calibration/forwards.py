@@ -18,7 +18,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from llmopt.calibration.block_pass import Group, check_output, collect, empty_statistics
+from llmopt.calibration.block_pass import Group, S, check_output, empty_statistics, gather
 from llmopt.calibration.hidden_states import HiddenStates
 from llmopt.calibration.statistics import InputStatistics
 from llmopt.calibration.walker import BlockWalker
@@ -91,8 +91,16 @@ class BlockForwards:
         Raises:
             NumericalError: NaN or infinity in an input; names the layer and the sample.
         """
+        return self.gather(groups, InputStatistics)
+
+    def gather(self, groups: Sequence[Group], kind: type[S]) -> dict[Group, S]:
+        """The same with statistics of another kind.
+
+        Raises:
+            NumericalError: NaN or infinity in an input; names the layer and the sample.
+        """
         self._drop_all()
-        return collect(self.walker, self.block, self.module, self.inputs, groups)
+        return gather(self.walker, self.block, self.module, self.inputs, groups, kind)
 
     def collect_wave(self, groups: Sequence[Group]) -> dict[Group, InputStatistics]:
         """The same, going on from the wave before.
@@ -107,7 +115,9 @@ class BlockForwards:
         layout = self.walker.structure.layouts[self.block]
         if len(groups) != 1 or layout.expert_of(groups[0][0]) is not None:
             return self.collect(groups)
-        statistics = empty_statistics(self.walker, self.block, self.module, groups[0])
+        statistics = empty_statistics(
+            self.walker, self.block, self.module, groups[0], InputStatistics
+        )
         self._wanted = groups[0]
         for index, batch in enumerate(self.walker.batches):
             run = self._stopped.setdefault(index, greenlet(self._forward))

@@ -40,6 +40,19 @@ class Head:
         self._model._modules[structure.anatomy.head] = _ChunkedLinear(weight, bias)
 
     @torch.no_grad()
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """What enters the head.
+
+        Args:
+            hidden: (n, hidden) outputs of the last block, in the compute dtype.
+
+        Returns:
+            (n, hidden) float32 on the device, behind the final norm.
+        """
+        normed: Tensor = self._norm(hidden.to(self._device)[None])
+        return normed[0].float()
+
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of tokens.
 
@@ -49,8 +62,7 @@ class Head:
         Returns:
             (n, vocabulary) float32 on the device; the product itself is float32 too.
         """
-        normed = self._norm(hidden.to(self._device)[None])
-        self._body.output = normed.float()
+        self._body.output = self.inputs(hidden)[None]
         logits = self._model(use_cache=False).logits[0]
         self._body.output = None
         assert isinstance(logits, Tensor) and logits.dtype == torch.float32

@@ -13,8 +13,8 @@ from llmopt.errors import NumericalError
 _BLOCK_COLUMNS = 256  # of the Hessian's upper triangle: a product each
 
 
-class InputStatistics:
-    """Statistics of the input that a group of linear layers shares, gathered batch by batch.
+class ColumnStatistics:
+    """Statistics of the input that a group of linear layers shares, column by column.
 
     Attributes:
         layer: full names of the linear layers, for error messages.
@@ -24,10 +24,9 @@ class InputStatistics:
 
     def __init__(self, layer: str, in_features: int, device: torch.device | str = "cpu") -> None:
         self.layer = layer
-        # Blocks on and above the diagonal; those below are filled in when the whole is asked for.
-        self._upper = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.max_abs = 0.0
         self.num_tokens = 0
+        self._energy = torch.zeros(in_features, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def update(self, inputs: Tensor, batch: TokenBatch, index: int) -> None:
@@ -39,7 +38,7 @@ class InputStatistics:
             index: its index, for error messages.
 
         Raises:
-            NumericalError: NaN or infinity among the inputs, or a Hessian beyond float32.
+            NumericalError: NaN or infinity among the inputs, or squares beyond float32.
         """
         values = inputs.reshape(-1, inputs.shape[-1])
         largest = _max_abs(values)
@@ -47,13 +46,8 @@ class InputStatistics:
             raise not_finite(f"the input of {self.layer}", inputs, batch, index)
         rows = values.float()
         total = self.num_tokens + len(rows)
-        # Half the products of the whole matrix: it is symmetric.
-        for start in range(0, len(self._upper), _BLOCK_COLUMNS):
-            block = slice(start, start + _BLOCK_COLUMNS)
-            self._upper[block, start:].addmm_(
-                rows[:, block].T, rows[:, start:], beta=self.num_tokens / total, alpha=2 / total
-            )
-        if not bool(self._upper.diagonal().isfinite().all()):
+        self._add(rows, total)
+        if not bool(self.energy.isfinite().all()):
             raise NumericalError(
                 f"the Hessian of {self.layer} overflows float32 at batch {index} "
                 f"({batch.row_name(0)} and after): its largest input is {largest:.3g}",
@@ -61,6 +55,43 @@ class InputStatistics:
             )
         self.max_abs = max(self.max_abs, largest)
         self.num_tokens = total
+
+    def _add(self, rows: Tensor, total: int) -> None:
+        """Take up `rows` (n, in) float32, with which there are `total` tokens."""
+        squares = (rows * rows).sum(dim=0)
+        self._energy.mul_(self.num_tokens / total).add_(squares, alpha=1 / total)
+
+    @property
+    def energy(self) -> Tensor:
+        """(in,) float32, the mean of x^2 over the tokens seen so far: llama.cpp's importance."""
+        return self._energy
+
+    @property
+    def zero_columns(self) -> Tensor:
+        """(in,) bool: input columns that were zero for every token."""
+        return self.energy == 0
+
+
+class InputStatistics(ColumnStatistics):
+    """The same and the second moments between columns, gathered batch by batch."""
+
+    def __init__(self, layer: str, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(layer, in_features, device)
+        # Blocks on and above the diagonal; those below are filled in when the whole is asked for.
+        self._upper = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def _add(self, rows: Tensor, total: int) -> None:
+        # Half the products of the whole matrix: it is symmetric.
+        for start in range(0, len(self._upper), _BLOCK_COLUMNS):
+            block = slice(start, start + _BLOCK_COLUMNS)
+            self._upper[block, start:].addmm_(
+                rows[:, block].T, rows[:, start:], beta=self.num_tokens / total, alpha=2 / total
+            )
+
+    @property
+    def energy(self) -> Tensor:
+        """(in,) float32, half the Hessian's diagonal."""
+        return self._upper.diagonal() / 2
 
     @property
     def hessian(self) -> Tensor:

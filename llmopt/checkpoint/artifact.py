@@ -1,7 +1,8 @@
 """A staged output: what is being written, its journal and its scratch files, under a lock.
 
-Beside the output lies ``.NAME.llmopt-staging`` with ``artifact/`` (what will be published, and
-nothing else), ``scratch/``, ``journal.json`` and ``lock``.
+Beside the output lies ``.NAME.llmopt-staging`` with ``artifact/`` (the folder that will be
+published, and nothing else), ``scratch/``, ``journal.json`` and ``lock``; of an output that is one
+file also ``parts/``, the shards that it is put together from, and ``file/``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from llmopt.checkpoint.journal import (
     read_state,
     write_state,
 )
+from llmopt.checkpoint.placement import FOLDER, Placement, staged_file
 from llmopt.errors import AlreadyConcludedError, BadInputError, StorageError
 
 JOURNAL_FILE = "journal.json"
@@ -36,15 +38,23 @@ class Artifact:
     Attributes:
         output: where it will be visible.
         staging: the working directory beside ``output``.
-        directory: what will be visible: write shards, configuration and report here.
+        placement: what the output is where people see it.
+        directory: the folder that will be visible: write configuration and report here.
+        shards: where shards are written; of a folder that is ``directory``.
+        file: where an output that is one file is put together.
         scratch: for working files; kept over a resume, never published.
         journal: which blocks are done.
     """
 
-    def __init__(self, output: Path, staging: Path, journal: Journal, lock: int) -> None:
+    def __init__(
+        self, output: Path, staging: Path, journal: Journal, lock: int, placement: Placement
+    ) -> None:
         self.output = output
         self.staging = staging
+        self.placement = placement
         self.directory = staging / "artifact"
+        self.shards = staging / placement.shards
+        self.file = staged_file(staging, output)
         self.scratch = staging / "scratch"
         self.journal = journal
         self._lock: int | None = lock
@@ -70,19 +80,25 @@ class Artifact:
 
 
 def open_artifact(
-    output: Path, fingerprint: Mapping[str, str], *, resume: bool, needed_bytes: int
+    output: Path,
+    fingerprint: Mapping[str, str],
+    *,
+    resume: bool,
+    needed_bytes: int,
+    placement: Placement = FOLDER,
 ) -> Artifact:
     """Begins an output, or with ``resume`` continues one that was interrupted, if there is one.
 
     Args:
-        output: a directory that does not exist or is empty; it is not touched before ``publish``.
+        output: a path that is free (``check_output``); it is not touched before ``publish``.
         fingerprint: what must be equal for a resume to give the same bytes.
         resume: continue from the staging directory.
         needed_bytes: disk space of the whole run, scratch files included.
+        placement: what the output is.
 
     Raises:
-        BadInputError: an output that is not empty, a link or a file; an interrupted run in the
-            way, another run at work on it, or one with another fingerprint.
+        BadInputError: an output that is taken; an interrupted run in the way, another run at work
+            on it, or one with another fingerprint.
         AlreadyConcludedError: the run to resume needs no resuming.
         StorageError: too small a disk, or one that refuses.
     """
@@ -91,7 +107,7 @@ def open_artifact(
     with storage_errors(f"cannot stage {output}"):
         interrupted = staging.is_dir() and not staging.is_symlink()
         if not (interrupted and resume):
-            check_output(output)
+            placement.check_free(output)
         check_space(output, needed_bytes)
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -105,7 +121,8 @@ def open_artifact(
                 f"{staging} holds an interrupted run for {output}",
                 f"continue it with --resume, or remove {staging}",
             )
-        return Artifact(output, staging, _journal(output, staging, fingerprint), lock)
+        journal = _journal(output, staging, fingerprint, placement)
+        return Artifact(output, staging, journal, lock, placement)
     except BaseException:
         if not interrupted:
             shutil.rmtree(staging, ignore_errors=True)
@@ -120,47 +137,52 @@ def _staging_of(output: Path) -> Path:
 
 def remove_staging(staging: Path) -> None:
     """Removes a staging directory; the journal goes late, so that a kill leaves it readable."""
-    for name in ("artifact", "scratch"):
-        if (staging / name).is_dir():
-            shutil.rmtree(staging / name)
+    for folder in sorted(path for path in staging.iterdir() if path.is_dir()):
+        shutil.rmtree(folder)
     shutil.rmtree(staging)
     fsync_path(staging.parent)
 
 
-def _journal(output: Path, staging: Path, fingerprint: Mapping[str, str]) -> Journal:
+def _journal(
+    output: Path, staging: Path, fingerprint: Mapping[str, str], placement: Placement
+) -> Journal:
     """The journal to go on with; the staged directories hold what it says and no more."""
-    path, directory, scratch = staging / JOURNAL_FILE, staging / "artifact", staging / "scratch"
+    path, directory, shards = staging / JOURNAL_FILE, staging / "artifact", placement.shards
     if not path.exists():  # killed before anything was written, or a new run
-        check_output(output)
+        placement.check_free(output)
         with storage_errors(f"cannot stage {output}"):
-            for folder in (directory, scratch):
-                if folder.exists():
-                    shutil.rmtree(folder)
-                folder.mkdir()
+            for name in (*placement.folders, "scratch"):
+                if (staging / name).exists():
+                    shutil.rmtree(staging / name)
+                (staging / name).mkdir()
             write_state(path, JournalState(fingerprint=dict(fingerprint)))
             fsync_path(staging.parent)
         return Journal(path, read_state(path))
     state = read_state(path)
     if state.conclusion is not None and not directory.exists():
-        with storage_errors(f"cannot remove {staging}"):
+        with storage_errors(f"cannot conclude {staging}"):
+            if state.conclusion.destination == output.name:
+                placement.conclude(staging, output)
             fsync_path(output.parent)
             remove_staging(staging)
         raise AlreadyConcludedError(
             state.conclusion.outcome, output.parent / state.conclusion.destination
         )
-    check_output(output)
+    placement.check_free(output)
     check_fingerprint(state, fingerprint, staging)
     journal = Journal(path, state)
     if state.conclusion is not None:
         journal.conclude(None)
-    with storage_errors(f"cannot read back {directory}"):
-        intact = count_intact_blocks(state, directory)
+    with storage_errors(f"cannot read back {staging / shards}"):
+        intact = count_intact_blocks(state, staging / shards)
         if intact < len(state.blocks):
             # What the block after the last intact one starts from is gone: scratch files hold
             # the inputs of the block that came next, and no earlier ones.
             journal.keep_blocks(0)
-        _remove_all_but(directory, {entry.shard.file for entry in journal.blocks})
-        _remove_all_but(staging, {JOURNAL_FILE, LOCK_FILE, "artifact", "scratch"})
+        files = {entry.shard.file for entry in journal.blocks}
+        for name in placement.folders:
+            _remove_all_but(staging / name, files if name == shards else set())
+        _remove_all_but(staging, {JOURNAL_FILE, LOCK_FILE, "scratch", *placement.folders})
     return journal
 
 
@@ -179,8 +201,8 @@ def _remove_all_but(directory: Path, kept: set[str]) -> None:
             path.unlink()
 
 
-def check_output(output: Path, *, resume: bool = False) -> None:
-    """Hold that an output path is free: absent, or an empty directory.
+def check_output(output: Path, *, resume: bool = False, placement: Placement = FOLDER) -> None:
+    """Hold that an output path is free, as its placement has it.
 
     With ``resume`` and something to resume the path may be taken: by that very run, killed after
     its output was in place. ``open_artifact`` tells.
@@ -188,15 +210,8 @@ def check_output(output: Path, *, resume: bool = False) -> None:
     Raises:
         BadInputError: a link, a file, or a directory that is not empty.
     """
-    if resume and _staging_of(output).is_dir():
-        return
-    remedy = "choose another output directory; llmopt never writes over one"
-    if output.is_symlink():
-        raise BadInputError(f"output {output} is a symbolic link", remedy)
-    if output.exists() and not output.is_dir():
-        raise BadInputError(f"output {output} is a file", remedy)
-    if output.exists() and any(output.iterdir()):
-        raise BadInputError(f"output directory {output} is not empty", remedy)
+    if not (resume and _staging_of(output).is_dir()):
+        placement.check_free(output)
 
 
 def has_interrupted_run(output: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,10 @@ class PublishResult:
 
 
 def publish(artifact: Artifact, verdict: Verdict) -> PublishResult:
-    """Moves the artifact, in one rename, to its output path or to a quarantine beside it.
+    """Moves the artifact to its output path, or in one rename to a quarantine beside it.
 
-    Everything is on disk before the rename; working files are removed after it; the artifact is
-    closed. Nothing else in llmopt makes an output visible.
+    Everything is on disk before the first rename; working files are removed after the last; the
+    artifact is closed. Nothing else in llmopt makes an output visible.
 
     Raises:
         BadInputError: if something came to lie at the output path meanwhile; it stays staged.
@@ -45,25 +44,28 @@ def publish(artifact: Artifact, verdict: Verdict) -> PublishResult:
     assert outcome in ("pass", "fail", "inconclusive"), outcome
     published = outcome == "pass"
     destination = artifact.output if published else _quarantine(artifact.output)
+    placement, staging = artifact.placement, artifact.staging
     with storage_errors(f"cannot publish {destination}"):
         for path in artifact.directory.rglob(f".*{TEMPORARY_SUFFIX}"):
             path.unlink()
-        fsync_tree(artifact.directory)
+        for folder in placement.folders:
+            fsync_tree(staging / folder)
         artifact.journal.conclude(Conclusion(outcome=outcome, destination=destination.name))
         try:
-            os.rename(artifact.directory, destination)
-        except OSError as error:
+            (placement.show if published else placement.shelve)(staging, destination)
+        except FileExistsError as error:
             artifact.journal.conclude(None)
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise BadInputError(
-                    f"{destination} came into being while the run was at work",
-                    "move it away and continue with --resume",
-                ) from error
+            raise BadInputError(
+                f"{error.filename2 or error.filename} came into being while the run was at work",
+                "move it away and continue with --resume",
+            ) from error
+        except OSError:
+            artifact.journal.conclude(None)
             raise
-        fsync_path(artifact.staging)
+        fsync_path(staging)
         fsync_path(destination.parent)
-    with storage_errors(f"{destination} is complete, but {artifact.staging} cannot be removed"):
-        remove_staging(artifact.staging)
+    with storage_errors(f"{destination} is complete, but {staging} cannot be removed"):
+        remove_staging(staging)
     artifact.close()
     return PublishResult(destination, published)
 

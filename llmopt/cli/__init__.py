@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from llmopt.cli import bench, convert, demo, eval, inspect, quantize, recipes, serve
+from llmopt.cli import bench, convert, demo, eval, imatrix, inspect, quantize, recipes, serve
 from llmopt.cli.console import errors
 from llmopt.errors import AlreadyConcludedError, ExitCode, LlmoptError
 from llmopt_evals.errors import EvaluationError
@@ -24,6 +24,7 @@ for command in (
     convert.convert,
     eval.evaluate,
     inspect.inspect,
+    imatrix.imatrix,
     recipes.recipes,
     demo.demo,
 ):

@@ -12,7 +12,7 @@ from llmopt.errors import BadInputError
 
 
 def evaluate(
-    artifact: Annotated[Path, typer.Argument(help="Folder of the model to judge.")],
+    artifact: Annotated[Path, typer.Argument(help="Folder of the model to judge, or a GGUF file.")],
     against: Annotated[Path, typer.Option("--against", help="Folder of the model it came from.")],
     text: Annotated[
         list[str] | None, typer.Option(help="Held-out text: builtin, a file or a data set's name.")
@@ -21,6 +21,9 @@ def evaluate(
         str | None, typer.Option("--recipe", "-r", help="Take criteria and text from this recipe.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    engine: Annotated[
+        str | None, typer.Option(help="llama.cpp: let it compute a GGUF file, as it is served.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the verdict to this file.")
     ] = None,
@@ -33,7 +36,15 @@ def evaluate(
         raise BadInputError(f"{json_file.parent} is not a directory", "make it, or name another")
     chosen = load_recipe(recipe) if recipe else None
     with progress_bars() as progress:
-        result = run(artifact, against, recipe=chosen, text=text, device=device, progress=progress)
+        result = run(
+            artifact,
+            against,
+            recipe=chosen,
+            text=text,
+            device=device,
+            engine=engine,
+            progress=progress,
+        )
     from llmopt.report.console import render_verdict
 
     output.print(render_verdict(result.verdict, result.notes))

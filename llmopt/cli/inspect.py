@@ -11,7 +11,9 @@ from llmopt.cli.console import output
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model folder or a .safetensors file.")],
+    path: Annotated[
+        Path, typer.Argument(help="A model folder, a .safetensors file or a GGUF file.")
+    ],
     tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False,
 ) -> None:
     """Show architecture, schemes, sizes and the verdict of what stands at PATH."""

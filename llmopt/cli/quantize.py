@@ -14,7 +14,9 @@ from llmopt.errors import ExitCode
 def quantize(
     source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe's name or YAML file.")],
-    destination: Annotated[Path, typer.Option("--output", "-o", help="Folder to publish into.")],
+    destination: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder, or .gguf file, to publish.")
+    ],
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dry_run: Annotated[bool, typer.Option(help="Check the contract and stop.")] = False,

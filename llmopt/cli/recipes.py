@@ -29,11 +29,9 @@ def recipes(
     table = Table("recipe", "scheme", "solver", "for", "what it is")
     for known in files:
         recipe = load_recipe(known)
-        scheme = recipe.quantize.scheme.scheme()
-        group = "channel" if scheme.group_size is None else f"g{scheme.group_size}"
         table.add_row(
             known,
-            f"{scheme.name} {group} {'sym' if scheme.symmetric else 'asym'}",
+            recipe.quantize.scheme.label,
             recipe.quantize.solver if recipe.awq is None else f"awq, {recipe.quantize.solver}",
             ", ".join(recipe.output.consumers),
             recipe.description,

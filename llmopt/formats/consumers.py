@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from llmopt.formats.accepted import Accepted
 from llmopt.formats.expert_support import ExpertSchemes, ExpertSupport
+from llmopt.formats.gguf_support import GGUFSupport
 from llmopt.quantization.scheme import ActivationOrder, Scheme
 
 Shard = Literal["in", "out"]
@@ -194,16 +195,19 @@ class Consumer(_Section):
     Attributes:
         title: its name for a reader.
         formats: by the name that recipes use.
+        gguf: what it opens of GGUF files.
         lacks: why it does not open the formats that are not among them.
     """
 
     title: str
-    formats: dict[str, FormatSupport]
+    formats: dict[str, FormatSupport] = {}
+    gguf: GGUFSupport | None = None
     lacks: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _check_formats(self) -> Consumer:
-        if both := self.formats.keys() & self.lacks.keys():
+        opened = {*self.formats, *(["gguf"] if self.gguf else [])}
+        if both := opened & self.lacks.keys():
             raise ValueError(f"{self.title} opens and lacks {', '.join(sorted(both))}")
         return self
 
@@ -215,6 +219,8 @@ class Consumer(_Section):
             for support in self.formats.values()
             for package, version in support.versions.items()
         }
+        if self.gguf is not None:
+            versions |= self.gguf.versions
         return ", ".join(f"{package} {version}" for package, version in versions.items())
 
 

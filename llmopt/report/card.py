@@ -19,6 +19,7 @@ from llmopt.report.summary import scheme_label, solver_label
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+_UNSAFE = re.compile(r"[^\w.+-]")  # of a file name inside a command
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -65,9 +66,12 @@ def front_matter(report: Report) -> dict[str, JsonValue]:
     if _HUB_NAME.fullmatch(report.source.name):
         header["base_model"] = report.source.name
         header["base_model_relation"] = "quantized"
-    tags = ["llmopt", "quantized", *(f"int{width}" for width in bits), *solvers, report.format]
+    widths = () if report.gguf else (f"int{width}" for width in bits)
+    tags = ["llmopt", "quantized", *widths, *solvers, report.format]
+    if report.gguf:
+        header["quantized_by"] = "llmopt"
     header |= {
-        "library_name": "transformers",
+        "library_name": "gguf" if report.gguf else "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(tags)),
         "quantization": {
@@ -102,4 +106,5 @@ def _environment() -> Environment:
     # Markdown's own escaping takes the place of HTML's, on every value alike.
     environment = templating.environment(autoescape=False, finalize=markdown_text)
     environment.filters["code"] = code
+    environment.filters["plain"] = lambda name: Markup(_UNSAFE.sub("?", name))
     return environment

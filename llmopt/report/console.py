@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmopt.report import verdict_view
 from llmopt.report.inspection import Inspection, TensorLine
-from llmopt.report.schema import HTML_NAME, Report
+from llmopt.report.schema import HTML_NAME, GGUFFileRecord, Report
 from llmopt.report.summary import scheme_label, solver_label, summarise_layers
 from llmopt.report.wording import count, duration, limit, number, percent, plural, size
 from llmopt_evals.verdict import Verdict
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.panel import Panel
     from rich.table import Table
 
-    from llmopt.contract import Contract
+    from llmopt.agreement import Agreement
 
 _STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
@@ -49,7 +49,7 @@ def render_verdict(verdict: Verdict, notes: Sequence[str] = ()) -> RenderableTyp
     return Group(_banner(verdict, ""), _criteria(verdict), basis, *lines)
 
 
-def render_contract(contract: Contract) -> RenderableType:
+def render_contract(contract: Agreement) -> RenderableType:
     """Every check of a contract, those that do not hold in red with the reason."""
     from rich import box
     from rich.console import Group
@@ -95,13 +95,30 @@ def render_inspection(inspection: Inspection, *, list_tensors: bool = False) -> 
     ]
     if inspection.format is not None:
         facts.append(("format", inspection.format))
+    if inspection.kind == "GGUF file":
+        facts += _gguf_facts(inspection)
     if inspection.unread is not None:
         facts.append(("schemes", f"not read: {inspection.unread}"))
-    facts += [(name, plural(layers, "layer")) for name, layers in inspection.schemes.items()]
+    word = "tensor" if inspection.kind == "GGUF file" else "layer"
+    facts += [(name, plural(layers, word)) for name, layers in inspection.schemes.items()]
+    facts += [(key, value) for key, value in inspection.metadata.items()]
     parts.append(_fact_table(facts))
     if list_tensors:
         parts += [Text(), _tensor_table(tensors)]
     return Group(*parts)
+
+
+def _gguf_facts(inspection: Inspection) -> list[tuple[str, str]]:
+    """What a GGUF file says of itself, and whether it is still true."""
+    intact = {
+        None: "no hash inside: not written by llmopt",
+        True: "as their hash says",
+        False: "CHANGED since llmopt wrote them",
+    }
+    return [
+        ("verdict", inspection.verdict or "none: not gated by llmopt"),
+        ("tensor data", intact[inspection.intact]),
+    ]
 
 
 def _dtype_facts(tensors: Sequence[TensorLine]) -> list[tuple[str, str]]:
@@ -174,6 +191,7 @@ def _facts(report: Report, directory: Path | None) -> Table:
         ),
         ("ledger", _ledger(report)),
         *_layer_facts(report),
+        *_file_facts(report.gguf),
         ("measured", verdict_view.basis(report.verdict)),
         *_margin_facts(report),
         ("took", duration(sum(report.timings.values()))),
@@ -203,6 +221,20 @@ def _ledger(report: Report) -> str:
 def _margin_facts(report: Report) -> list[tuple[str, str]]:
     bits = report.margins_for_bits
     return [] if bits is None else [("margins", f"from the margins of {bits}-bit weights")]
+
+
+def _file_facts(file: GGUFFileRecord | None) -> list[tuple[str, str]]:
+    """Types, fallbacks and importance of a GGUF file."""
+    if file is None:
+        return []
+    types = ", ".join(f"{number} {name}" for name, number in file.types.items())
+    facts = [("types", f"{file.mixture}: {types}; {size(file.num_bytes)} file")]
+    facts.append(("importance", f"{file.importance}, of {plural(file.num_weighed, 'tensor')}"))
+    if file.fallbacks:
+        named = ", ".join(f"{t.name} ({t.type} for {t.wanted})" for t in file.fallbacks[:3])
+        more = f" and {len(file.fallbacks) - 3} more" if len(file.fallbacks) > 3 else ""
+        facts.append(("fallbacks", f"{named}{more}: rows are no whole blocks"))
+    return facts + [("note", note) for note in file.notes]
 
 
 def _layer_facts(report: Report) -> list[tuple[str, str]]:

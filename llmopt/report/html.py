@@ -16,7 +16,13 @@ from llmopt.checkpoint.durable import write_bytes
 from llmopt.report import plots, templating, verdict_view
 from llmopt.report.plots import KindErrors
 from llmopt.report.schema import HTML_NAME, LayerRecord, Report
-from llmopt.report.summary import layer_error, scheme_label, solver_label, summarise_layers
+from llmopt.report.summary import (
+    layer_error,
+    measured_alike,
+    scheme_label,
+    solver_label,
+    summarise_layers,
+)
 from llmopt_evals.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -81,7 +87,7 @@ def _verdict_figures(verdict: Verdict) -> dict[str, Markup]:
 
 
 def _panels(layers: Sequence[LayerRecord], solver: str) -> list[Markup]:
-    kinds = kind_errors(layers)
+    kinds = kind_errors(measured_alike(layers))
     values = [value for kind in kinds for value in (*kind.ours, *kind.plain)]
     positive = [value for value in values if math.isfinite(value) and value > 0]
     if not positive:

@@ -34,10 +34,13 @@ class Inspection:
         unread: why llmopt cannot tell the schemes, ``None`` where it can.
         report: of an artifact.
         changed: lines of ``changed_files``; empty when the artifact is as it was gated.
+        metadata: of a GGUF file, in short.
+        verdict: that a GGUF file says of itself, ``None`` for one that llmopt did not gate.
+        intact: whether its tensors still have their hash; ``None`` where it has none.
     """
 
     path: Path
-    kind: Literal["artifact", "checkpoint", "file"]
+    kind: Literal["artifact", "checkpoint", "file", "GGUF file"]
     tensors: tuple[TensorLine, ...]
     architecture: str | None = None
     format: str | None = None
@@ -45,3 +48,6 @@ class Inspection:
     unread: str | None = None
     report: Report | None = None
     changed: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    verdict: str | None = None
+    intact: bool | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmopt.checkpoint.journal import file_sha256
+from llmopt.checkpoint.placement import companion_folder
 from llmopt.report.schema import REPORT_FILES, FileHash, Report
 
 
@@ -35,6 +36,17 @@ def changed_files(directory: Path, report: Report) -> list[str]:
             lines.append(f"added: {name}")
         elif not _is_same(directory / name, report.files[name]):
             lines.append(f"changed: {name}")
+    return lines
+
+
+def changed_gguf(file: Path, report: Report) -> list[str]:
+    """The same of a single file and the folder beside it, which has the report."""
+    folder = companion_folder(file)
+    beside = {name: known for name, known in report.files.items() if name != file.name}
+    lines = changed_files(folder, report.model_copy(update={"files": beside}))
+    known = report.files.get(file.name)
+    if known is None or not _is_same(file, known):
+        lines.append(f"changed: {file.name}")
     return lines
 
 

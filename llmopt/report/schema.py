@@ -119,13 +119,25 @@ class Environment(Record):
 
 
 class SchemeRecord(Record):
-    """What a weight became; ``group_size`` ``None`` is one scale a row."""
+    """What a weight became; ``group_size`` ``None`` is one scale a row.
+
+    A type of ggml's says by its name what its blocks are like.
+    """
 
     name: str
     bits: int
     group_size: int | None
     symmetric: bool
     activation_order: str = "none"
+    is_ggml: bool = False
+
+    @property
+    def label(self) -> str:
+        """As tables show it: ``W4A16 g128``, ``Q4_K``."""
+        if self.is_ggml:
+            return self.name
+        group = "channel" if self.group_size is None else f"g{self.group_size}"
+        return f"{self.name} {group}{'' if self.symmetric else ' asym'}"
 
 
 class LayerRecord(Record):
@@ -238,6 +250,59 @@ class Coverage(Record):
     )
 
 
+class GGUFTensorRecord(Record):
+    """One tensor of a GGUF file."""
+
+    name: str
+    type: str
+    wanted: str | None = Field(
+        default=None, description="the type that was asked for, where its rows do not divide"
+    )
+    num_bytes: NonNegativeInt
+    weighed: bool = Field(default=False, description="whether importance weighed its errors")
+
+
+class GGUFFileRecord(Record):
+    """What there is to say of a GGUF file besides what holds of every artifact."""
+
+    file: str
+    num_bytes: NonNegativeInt = Field(description="of the file")
+    architecture: str = Field(description="general.architecture")
+    mixture: str = Field(description="the type or mixture that the recipe names")
+    tokenizer: str = Field(description="tokenizer.ggml.model")
+    pre_tokenizer: str | None = Field(default=None, description="tokenizer.ggml.pre")
+    importance: str = Field(description="calibration, the name of an imatrix file, or none")
+    imatrix_sha256: str | None = None
+    tensor_sha256: str = Field(description="over the file's tensor data")
+    notes: tuple[str, ...] = Field(
+        default=(), description="what llama.cpp does otherwise, or could not be told"
+    )
+    tensors: tuple[GGUFTensorRecord, ...]
+
+    @property
+    def types(self) -> dict[str, int]:
+        """How many tensors each type has, the one with the most bytes first."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors:
+            sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.num_bytes
+        used = sorted(sizes, key=lambda name: -sizes[name])
+        return {name: sum(tensor.type == name for tensor in self.tensors) for name in used}
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of all tensors of a type."""
+        return sum(tensor.num_bytes for tensor in self.tensors if tensor.type == name)
+
+    @property
+    def fallbacks(self) -> tuple[GGUFTensorRecord, ...]:
+        """Tensors whose rows the wanted type does not divide."""
+        return tuple(tensor for tensor in self.tensors if tensor.wanted is not None)
+
+    @property
+    def num_weighed(self) -> int:
+        """Tensors whose errors were weighed by importance."""
+        return sum(tensor.weighed for tensor in self.tensors)
+
+
 class FileHash(Record):
     """A file of the artifact as it was gated."""
 
@@ -275,3 +340,4 @@ class Report(Record):
     verdict: Verdict
     timings: dict[str, NonNegativeFloat] = Field(description="seconds by stage, in order")
     files: dict[str, FileHash] = Field(description="every file but the report's own")
+    gguf: GGUFFileRecord | None = Field(default=None, description="of format gguf")

@@ -40,7 +40,7 @@ def summarise_layers(layers: Sequence[LayerRecord]) -> LayerSummary | None:
         return None
     gains = [gain for gain in map(_gain, layers) if gain is not None]
     logs = [math.log(gain) for gain in gains if gain > 0]
-    worst = max(layers, key=layer_error)
+    worst = max(measured_alike(layers), key=layer_error)
     return LayerSummary(
         num_layers=len(layers),
         on_outputs=worst.output_error is not None,
@@ -51,6 +51,14 @@ def summarise_layers(layers: Sequence[LayerRecord]) -> LayerSummary | None:
         num_damped=sum(layer.num_damping_escalations > 0 for layer in layers),
         max_input=max(layer.input_max_abs for layer in layers),
     )
+
+
+def measured_alike(layers: Sequence[LayerRecord]) -> Sequence[LayerRecord]:
+    """Those with an error of their output where any have one; errors of weights are another kind.
+
+    Tables of a GGUF file are rounded where the layers of the blocks are solved.
+    """
+    return [layer for layer in layers if layer.output_error is not None] or layers
 
 
 def layer_error(layer: LayerRecord) -> float:
@@ -69,8 +77,8 @@ def scheme_label(report: Report) -> str:
     """The schemes in use, most used first: ``W4A16 g128``, ``W4A16 g128 + W8A16 channel``."""
     used: dict[str, int] = {}
     for layer in report.layers:
-        group = layer.scheme.group_size
-        label = f"{layer.scheme.name} {'channel' if group is None else f'g{group}'}"
+        # Whether it is symmetric stands in the table of layers.
+        label = layer.scheme.label.removesuffix(" asym")
         used[label] = used.get(label, 0) + 1
     return " + ".join(sorted(used, key=lambda label: -used[label])) or "16 bit"
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmopt.calibration.statistics import InputStatistics
+from llmopt.calibration.statistics import ColumnStatistics, InputStatistics
 from llmopt.checkpoint.shell import TokenBatch
 from llmopt.errors import NumericalError
 
@@ -77,3 +77,28 @@ def test_hessian_overflow_is_an_error() -> None:
     statistics = InputStatistics("layer", 2)
     with pytest.raises(NumericalError, match="Hessian of layer overflows"):
         statistics.update(torch.full((1, 2, 2), 1e25), batch_of(1, 2), 0)
+
+
+def test_column_statistics_are_the_diagonal_of_the_second_moments() -> None:
+    generator = torch.Generator().manual_seed(3)
+    columns, whole = ColumnStatistics("layer", 7), InputStatistics("layer", 7)
+    rows = []
+    for index in range(3):
+        batch = TokenBatch(torch.zeros(2, 5 + index, dtype=torch.int64))
+        inputs = torch.randn(2, 5 + index, 7, generator=generator) * torch.arange(7)
+        rows.append(inputs.reshape(-1, 7))
+        for statistics in (columns, whole):
+            statistics.update(inputs, batch, index)
+    expected = torch.cat(rows).square().mean(dim=0)
+    torch.testing.assert_close(columns.energy, expected)
+    torch.testing.assert_close(whole.energy, expected)
+    assert columns.num_tokens == whole.num_tokens == 36 and columns.max_abs == whole.max_abs
+    assert columns.zero_columns.tolist() == [True] + [False] * 6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_column_statistics_refuse_what_no_float_can_sum(value: float) -> None:
+    inputs = torch.ones(1, 4, 3)
+    inputs[0, 2, 1] = value
+    with pytest.raises(NumericalError, match="layer"):
+        ColumnStatistics("layer", 3).update(inputs, TokenBatch(torch.zeros(1, 4).long()), 0)

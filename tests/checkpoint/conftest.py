@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Header = Mapping[str, object]
-STEPS = ("write", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
+STEPS = ("write", "fsync", "replace", "rename", "link", "unlink", "mkdir", "rmdir")
 
 
 class MakeCheckpoint(Protocol):

@@ -11,9 +11,9 @@ from support.quantized import WIDTHS, write_quantized
 from support.tiny_models import llama_config, rewrite_config, rewrite_tensors, write_checkpoint
 
 from llmopt.checkpoint.reader import open_checkpoint
+from llmopt.comparison import compare
 from llmopt.converting import convert
 from llmopt.errors import BadInputError
-from llmopt.evaluation import compare
 from llmopt.formats import FORMATS
 from llmopt.formats.config_file import quantization_config
 from llmopt.formats.dequantized import DequantizedSource

@@ -11,8 +11,8 @@ from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.scan import tensor_digest
 from llmopt.checkpoint.structure import ModelStructure, read_structure
 from llmopt.checkpoint.tensor_source import TensorSource
+from llmopt.comparison import compare
 from llmopt.errors import RoundTripError
-from llmopt.evaluation import compare
 from llmopt.formats.dequantized import DequantizedSource
 from llmopt.progress import silent
 from llmopt.quantization.scheme import Scheme

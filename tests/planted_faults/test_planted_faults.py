@@ -20,9 +20,10 @@ from planted_faults.laboratory import Laboratory
 
 from llmopt.calibration.tokenizer import load_tokenizer
 from llmopt.checkpoint.reader import open_checkpoint
+from llmopt.comparison import compare
 from llmopt.demo.paths import demo_model_path
 from llmopt.errors import BadInputError
-from llmopt.evaluation import compare, judge
+from llmopt.evaluation import judge
 from llmopt.recipe import GateSection
 from llmopt.texts import prepare_evaluation
 from llmopt_evals.cloze import ClozeOptions

@@ -26,11 +26,12 @@ import llmopt.calibration.forwards
 import llmopt.calibration.statistics
 import llmopt.calibration.walker
 import llmopt.compressing
+import llmopt.targets.checkpoint
 from llmopt.bench.stopwatch import Stopwatch
 from llmopt.calibration.tokens import TokenBlocks, TokenCoverage
 from llmopt.compressing import write_parts
 from llmopt.job import prepare, stage_artifact
-from llmopt.pipeline import finish_directory
+from llmopt.pipeline import finish
 from llmopt.progress import silent
 from llmopt.recipe import Recipe, load_recipe
 from llmopt.texts import EvaluationText, Texts
@@ -45,10 +46,11 @@ PHASES: tuple[tuple[object, str, str], ...] = (
     (llmopt.calibration.forwards.BlockForwards, "collect_wave", "calibration forwards"),
     (llmopt.calibration.forwards.BlockForwards, "advance", "calibration forwards"),
     (llmopt.calibration.statistics.InputStatistics, "update", "Hessians"),
-    (llmopt.compressing, "scale_block", "scale search"),
-    (llmopt.compressing, "solve_block", "solve"),
-    (llmopt.compressing, "round_seen_block", "solve"),
-    (llmopt.compressing, "round_block", "solve"),
+    (llmopt.targets.checkpoint, "scale_block", "scale search"),
+    (llmopt.targets.checkpoint, "solve_block", "solve"),
+    (llmopt.targets.checkpoint, "round_seen_block", "solve"),
+    (llmopt.targets.checkpoint, "round_block", "solve"),
+    (llmopt.targets.checkpoint, "assemble_part", "pack and write"),
     (llmopt.compressing, "_write_part", "pack and write"),
 )
 
@@ -66,7 +68,7 @@ def quantize(request: dict[str, Any]) -> dict[str, Any]:
         started = time.monotonic()
         with stopwatch.phase("rest"):
             write_parts(job, artifact, silent)
-            finish_directory(job, artifact)
+            finish(job, artifact, silent)
         seconds = time.monotonic() - started
         os.replace(artifact.directory, output)
     return {"quantize_s": seconds, "phases_s": stopwatch.seconds}
