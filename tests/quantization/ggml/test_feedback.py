@@ -1,3 +1,5 @@
+from functools import cache
+
 import pytest
 import torch
 
@@ -16,8 +18,14 @@ def named(kind):
     return kind.name
 
 
-def problem(rows=16, columns=512, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def problem(rows=16):
+    weight, hessian = drawn()
+    return weight[:rows].clone(), hessian.clone()
+
+
+@cache
+def drawn(rows=16, columns=512):
+    generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
     inputs = torch.randn(3 * columns, columns, generator=generator)
     inputs = inputs @ (mixing + 0.3 * torch.eye(columns))
