@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -93,7 +94,7 @@ def gather_imatrix(
         states = HiddenStatePair.create(Path(scratch), shapes, structure.hidden_size, walker.dtype)
         walker.start(batches, states.inputs(0))
         statistics = _walk(walker, states, progress)
-    entries = dict(_entries(plan, statistics))
+    entries = importance_entries(plan, statistics)
     samples, length = blocks.blocks.shape
     matrix = ImportanceMatrix(entries, (recipe.calibration.source,), int(samples), int(length))
     write_imatrix(output, matrix)
@@ -124,19 +125,40 @@ def _walk(
                     found[structure.disk_name(name)] = seen
             advance(walker, block, module, inputs, outputs)
     progress("gather importance", structure.num_blocks, structure.num_blocks)
-    found[_head_name(structure)] = head_statistics(walker, states.inputs(structure.num_blocks))
+    found[head_name(structure)] = head_statistics(walker, states.inputs(structure.num_blocks))
     return found
 
 
-def _head_name(structure: ModelStructure) -> str:
+def head_name(structure: ModelStructure) -> str:
+    """The tensor in the checkpoint that the head's matrix is read from."""
     name = structure.embed_disk_name if structure.tied_head else structure.head_disk_name
     assert name is not None
     return name
 
 
-def _entries(
-    plan: FilePlan, statistics: Mapping[str, ColumnStatistics]
-) -> Mapping[str, ImportanceEntry]:
+class InputEnergy(Protocol):
+    """What an importance is made of: :class:`ColumnStatistics`, or what was kept of it."""
+
+    @property
+    def energy(self) -> torch.Tensor:
+        """``(in,) float32``, mean squares over the tokens seen."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """How many they were."""
+        ...
+
+
+def importance_entries(
+    plan: FilePlan, statistics: Mapping[str, InputEnergy]
+) -> dict[str, ImportanceEntry]:
+    """An importance matrix's entries, by tensor of the file.
+
+    Args:
+        plan: of the file.
+        statistics: by tensor in the checkpoint.
+    """
     entries = {}
     for tensor in plan.tensors:
         seen = [statistics[name] for name in tensor.sources if name in statistics]

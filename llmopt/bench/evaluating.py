@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from llmopt.calibration.tokenizer import load_tokenizer
-from llmopt.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.structure import ModelStructure, read_structure
+from llmopt.checkpoint.tensor_names import ConfiguredSource
 from llmopt.formats.dequantized import DequantizedSource
 from llmopt.scoring import WalkerScorer
 from llmopt.texts import prepare_evaluation
 from llmopt_evals.divergence import measure_block
-from llmopt_evals.scorer import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,18 @@ class Evaluator:
             BadInputError: it cannot be opened, or not by any of our formats.
             NotFiniteError: it computes NaN or infinity.
         """
-        scores = self._score(open_checkpoint(output))
+        return self.measure(DequantizedSource(open_checkpoint(output)), output.name)
+
+    def measure(self, source: ConfiguredSource, name: str) -> Quality:
+        """Measure any view of an output under the source's names; ``name`` is for messages.
+
+        Raises:
+            BadInputError: it holds another model.
+            NotFiniteError: it computes NaN or infinity.
+        """
+        scores = WalkerScorer(read_structure(source), source, self._scratch).score(self._blocks)
         parts = [
-            measure_block(block, index, self._reference, [scores], [output.name], f"block {index}")
+            measure_block(block, index, self._reference, [scores], [name], f"block {index}")
             for index, block in enumerate(self._blocks)
         ]
         found = [divergences[0] for divergences in parts]
@@ -83,10 +92,6 @@ class Evaluator:
             top1=float(agrees.mean()),
             num_tokens=len(kl),
         )
-
-    def _score(self, reader: CheckpointReader) -> Scores:
-        source = DequantizedSource(reader)
-        return WalkerScorer(read_structure(source), source, self._scratch).score(self._blocks)
 
 
 def held_out_blocks(model: Path, max_tokens: int) -> list[torch.Tensor]:

@@ -53,6 +53,35 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class FileRequest:
+    """The same of one GGUF file that becomes another, by ``llmopt bench gguf``.
+
+    Attributes:
+        model: folder of the checkpoint that ``source`` was written from.
+        source: the file, F32.
+        imatrix: an importance matrix in llama.cpp's GGUF layout.
+        hessians: folder of the second moments behind it.
+        output: file to write; does not exist yet.
+        file_type: llama.cpp's number of the mixture.
+        pure: whether every matrix gets the mixture's base type.
+        types: of every tensor, by name, as llama.cpp's rules give them.
+        method: ``compatible``, ``least-squares`` or ``gptq``; llama.cpp knows one way.
+        threads: of the quantizer.
+    """
+
+    model: str
+    source: str
+    imatrix: str
+    hessians: str
+    output: str
+    file_type: int
+    pure: bool
+    types: dict[str, str]
+    method: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
 class Response:
     """What a quantizer's own process tells.
 
@@ -97,7 +126,7 @@ class Measurement:
 def measure(
     python: Path,
     module: str,
-    request: Request,
+    request: Request | FileRequest,
     folder: Path,
     variables: Mapping[str, str],
     runners: Path = RUNNERS,

@@ -6,6 +6,7 @@ import hashlib
 import platform
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from llmopt.calibration.tokenizer import load_tokenizer
 from llmopt.calibration.tokens import cut_blocks
 from llmopt.checkpoint.durable import storage_errors
 from llmopt.checkpoint.reader import open_checkpoint
+from llmopt.checkpoint.structure import ModelStructure
 from llmopt.errors import BadInputError, ExitCode, LlmoptError
 from llmopt.progress import Progress, silent
 from llmopt.quantization.scheme import IntBits, Scheme
@@ -100,8 +102,13 @@ class Entry:
 
 
 def exit_code(report: BenchReport) -> ExitCode:
-    """Whether the table is whole: a row that failed fails, one that is unavailable leaves a gap."""
-    statuses = {row.status for row in report.rows}
+    """Whether the table is whole."""
+    return exit_code_of(report.rows)
+
+
+def exit_code_of(rows: Sequence[Row]) -> ExitCode:
+    """Whether all were measured: one that failed fails, one that is unavailable leaves a gap."""
+    statuses = {row.status for row in rows}
     if "failed" in statuses:
         return ExitCode.FAIL
     return ExitCode.INCONCLUSIVE if "unavailable" in statuses else ExitCode.PASS
@@ -124,21 +131,7 @@ def bench_quantize(options: BenchOptions, progress: Progress = silent) -> BenchR
         structure = evaluator.structure
         work = count_work(structure, options.num_samples, options.length)
         floor = Floor(work, measure_matrix_rate(options.threads))
-        reader = open_checkpoint(options.model)
-        setting = Setting(
-            model=options.model.resolve().name,
-            num_parameters=sum(reader.info(name).num_parameters for name in reader.names),
-            num_samples=options.num_samples,
-            length=options.length,
-            tokens_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            held_out_tokens=sum(map(len, blocks)),
-            memory_bound_bytes=memory_bound_bytes(structure, tokens.numel()),
-            threads=options.threads,
-            machine=machine_name(),
-            python=platform.python_version(),
-            commit=current_commit(),
-            date=now(),
-        )
+        setting = describe_setting(options.model, structure, tokens, blocks, options.threads)
         for index, entry in enumerate(entries):
             progress("rows", index, len(entries))
             rows.append(_row(entry, options, tokens, evaluator, Path(scratch) / str(index)))
@@ -147,6 +140,39 @@ def bench_quantize(options: BenchOptions, progress: Progress = silent) -> BenchR
             write_report(options.output, report)
         progress("rows", len(entries), len(entries))
     return report
+
+
+def describe_setting(
+    model: Path,
+    structure: ModelStructure,
+    tokens: torch.Tensor,
+    blocks: Sequence[torch.Tensor],
+    threads: int,
+) -> Setting:
+    """What the rows of a benchmark have in common.
+
+    Args:
+        model: folder of the source.
+        structure: of it.
+        tokens: ``(samples, length) int64`` to calibrate on.
+        blocks: held-out tokens, each ``(T,) int64``.
+        threads: of every quantizer.
+    """
+    reader = open_checkpoint(model)
+    return Setting(
+        model=model.resolve().name,
+        num_parameters=sum(reader.info(name).num_parameters for name in reader.names),
+        num_samples=len(tokens),
+        length=tokens.shape[1],
+        tokens_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        held_out_tokens=sum(map(len, blocks)),
+        memory_bound_bytes=memory_bound_bytes(structure, tokens.numel()),
+        threads=threads,
+        machine=machine_name(),
+        python=platform.python_version(),
+        commit=current_commit(),
+        date=now(),
+    )
 
 
 def plan_entries(options: BenchOptions) -> list[Entry]:

@@ -77,12 +77,12 @@ def _cells(row: Row, report: BenchReport) -> tuple[str, ...]:
     bound = report.setting.memory_bound_bytes
     return (
         *head,
-        _spread(row.quantize_s, _seconds),
+        spread_text(row.quantize_s, _seconds),
         _over(row.quantize_s, report.floor.mixed_s) if calibrated else "",
-        _spread(row.wall_s, _seconds),
-        _spread(row.cpu_s, _seconds),
-        _spread(row.peak_rss_bytes, _mebibytes),
-        _spread(row.beyond_own_bytes, _mebibytes),
+        spread_text(row.wall_s, _seconds),
+        spread_text(row.cpu_s, _seconds),
+        spread_text(row.peak_rss_bytes, _mebibytes),
+        spread_text(row.beyond_own_bytes, _mebibytes),
         _over(row.beyond_own_bytes, bound) if calibrated else "",
         f"{row.size_bytes / MIB:.2f}",
         f"{row.quality.perplexity:.3f}",
@@ -95,7 +95,7 @@ def footnotes(report: BenchReport) -> list[str]:
     """What the numbers hold for, a line each."""
     setting, rate, work = report.setting, report.floor.rate, report.floor.work
     return [
-        _source_line(setting, report.rows),
+        source_line(setting, report.rows),
         f"{setting.machine}; {setting.threads} threads; Python {setting.python}; commit "
         f"{setting.commit or 'unknown'}; {setting.date}",
         f"floor: {work.forward / 1e12:.2f} TFLOP for one forward of the blocks, "
@@ -105,11 +105,12 @@ def footnotes(report: BenchReport) -> list[str]:
         f"bound of memory: {setting.memory_bound_bytes / MIB:.0f} MiB, the largest block and its "
         "Hessians in float32 and the hidden states in 16 bit, in and out; 'beyond own' is above "
         "the interpreter with its imports",
-        *(_row_line(row) for row in report.rows if row.versions or row.reason),
+        *(row_line(row) for row in report.rows if row.versions or row.reason),
     ]
 
 
-def _source_line(setting: Setting, rows: Sequence[Row]) -> str:
+def source_line(setting: Setting, rows: Sequence[Row]) -> str:
+    """The model and its texts."""
     quality = next((row.quality for row in rows if row.quality), None)
     reference = f"perplexity {quality.reference_perplexity:.3f} unquantized" if quality else ""
     return (
@@ -119,7 +120,8 @@ def _source_line(setting: Setting, rows: Sequence[Row]) -> str:
     )
 
 
-def _row_line(row: Row) -> str:
+def row_line(row: Row) -> str:
+    """A row's versions, phases and notes, or why there are none."""
     if row.status != "measured":
         lines = row.reason.splitlines()
         # Of a traceback, what went wrong stands at its end.
@@ -132,7 +134,8 @@ def _row_line(row: Row) -> str:
     return f"{row.quantizer} {row.method}{repeats}: " + "; ".join((*parts, *row.notes))
 
 
-def _spread(spread: Spread | None, text: Callable[[float], str]) -> str:
+def spread_text(spread: Spread | None, text: Callable[[float], str]) -> str:
+    """The median, and the other percentiles where they differ."""
     assert spread is not None
     if spread.p20 == spread.p80:
         return text(spread.p50)

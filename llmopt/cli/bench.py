@@ -70,6 +70,54 @@ def quantize(
 
 
 @app.command()
+def gguf(
+    destination: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--type",
+            help="Q4_K_M, Q4_K, IQ4_XS, ...; may be repeated. [default: one of each width]",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a checkpoint. [default: the benchmark's own]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration blocks.")] = 128,
+    length: Annotated[int, typer.Option(min=16, help="Tokens of each.")] = 512,
+    threads: Annotated[int, typer.Option(min=1, help="Of every quantizer.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs a row.")] = 1,
+    held_out: Annotated[int, typer.Option(min=512, help="Tokens to measure on.")] = 65_536,
+    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
+) -> None:
+    """Write GGUF files by llama.cpp and by llmopt; exit 3 if one failed, 4 if llama.cpp is absent.
+
+    llama.cpp is installed once, in an environment of its own in llmopt's cache.
+    """
+    from llmopt.bench.gguf import DEFAULT_TYPES, GGUFOptions, bench_gguf, find_file_kind
+    from llmopt.bench.gguf_table import gguf_markdown, render_gguf_table
+    from llmopt.bench.quantize import check_output_file, exit_code_of
+
+    check_output_file(destination)
+    options = GGUFOptions(
+        kinds=tuple(find_file_kind(name) for name in dict.fromkeys(kind or DEFAULT_TYPES)),
+        model=model or _own_model(),
+        output=destination,
+        num_samples=samples,
+        length=length,
+        threads=threads,
+        repeats=repeats,
+        held_out_tokens=held_out,
+    )
+    with progress_bars() as progress:
+        report = bench_gguf(options, progress)
+    if markdown:
+        output.print(gguf_markdown(report), markup=False, highlight=False, soft_wrap=True)
+    else:
+        output.print(render_gguf_table(report))
+    raise typer.Exit(int(exit_code_of([row.run for row in report.rows])))
+
+
+@app.command()
 def ablate(
     destination: Annotated[Path, typer.Option("--output", "-o", help="Markdown file to write.")],
     model: Annotated[

@@ -30,9 +30,9 @@ def main(module: str, request_file: str, response_file: str) -> None:
     request: dict[str, Any] = json.loads(Path(request_file).read_text("utf-8"))
     started = time.monotonic()
     quantizer = importlib.import_module(module)
-    import torch
-
-    torch.set_num_threads(request["threads"])
+    torch = sys.modules.get("torch")  # llama.cpp's environment has none
+    if torch is not None:
+        torch.set_num_threads(request["threads"])
     response: dict[str, Any] = {
         "import_s": time.monotonic() - started,
         "own_rss_bytes": memory_bytes("VmRSS"),
@@ -41,7 +41,8 @@ def main(module: str, request_file: str, response_file: str) -> None:
     response |= quantizer.quantize(request)
     # The high-water mark of this process image; rusage would tell the parent's at the fork too.
     response["peak_rss_bytes"] = memory_bytes("VmHWM")
-    response["versions"] = {name: version(name) for name in (*quantizer.PACKAGES, "torch")}
+    packages = (*quantizer.PACKAGES, *(() if torch is None else ("torch",)))
+    response["versions"] = {name: version(name) for name in packages}
     Path(response_file).write_text(json.dumps(response), "utf-8")
 
 
