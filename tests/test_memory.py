@@ -10,7 +10,7 @@ from pathlib import Path
 from support.small_jobs import write_job, write_text
 
 # What is freed goes back to the system at once, so that what is resident is what is in use.
-FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
 BLOCK_BYTES = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)  # in float32

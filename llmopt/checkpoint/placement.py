@@ -124,6 +124,11 @@ def companion_folder(file: Path) -> Path:
     return file.parent / f"{file.name}{COMPANION_SUFFIX}"
 
 
+def report_folder(shown: Path) -> Path:
+    """Where the report of an output lies that is shown, or shelved in a quarantine."""
+    return companion_folder(shown) if shown.is_file() else shown
+
+
 def staged_file(staging: Path, output: Path) -> Path:
     """Where a single file is put together."""
     return staging / "file" / output.name

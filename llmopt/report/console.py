@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmopt.checkpoint.placement import report_folder
 from llmopt.report import verdict_view
 from llmopt.report.inspection import Inspection, TensorLine
 from llmopt.report.schema import HTML_NAME, GGUFFileRecord, Report
@@ -197,7 +198,7 @@ def _facts(report: Report, directory: Path | None) -> Table:
         ("took", duration(sum(report.timings.values()))),
     ]
     if directory is not None:
-        facts += [("path", str(directory)), ("page", str(directory / HTML_NAME))]
+        facts += [("path", str(directory)), ("page", str(report_folder(directory) / HTML_NAME))]
     return _fact_table(facts)
 
 

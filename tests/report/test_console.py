@@ -95,3 +95,10 @@ def test_the_summary_names_the_margins_and_an_inspection_what_it_cannot_read(mak
     foreign = Inspection(Path("x"), "checkpoint", tensors, format="gptq", unread="[x] is foreign")
     text = _shown(render_inspection(foreign))
     assert "gptq" in text and "not read: [x] is foreign" in text
+
+
+def test_the_page_of_a_single_file_lies_in_the_folder_beside_it(make_report, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.touch()
+    text = _shown(render_summary(make_report(), file), width=400)
+    assert str(tmp_path / "model.gguf.llmopt" / "report.html") in text
