@@ -145,7 +145,7 @@ def test_the_report_on_disk_is_the_report(report: GGUFReport, options: GGUFOptio
     assert data["setting"]["threads"] == 1 and data["setting"]["num_samples"] == 2
     assert data["rows"][1]["weighted_error"] == report.rows[1].weighted_error
     assert data["rows"][2]["run"]["quantize_s"] == {"p20": 2.0, "p50": 2.0, "p80": 2.0}
-    assert data["rows"][2]["run"]["versions"].keys() == {"numpy"}
+    assert data["rows"][2]["run"]["versions"].keys() == {"numpy", "torch"}
 
 
 def test_tables_have_every_row_and_the_reasons(report: GGUFReport) -> None:

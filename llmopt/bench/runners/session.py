@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def main(module: str, request_file: str, response_file: str) -> None:
     request: dict[str, Any] = json.loads(Path(request_file).read_text("utf-8"))
     started = time.monotonic()
     quantizer = importlib.import_module(module)
-    torch = sys.modules.get("torch")  # llama.cpp's environment has none
-    if torch is not None:
+    has_torch = find_spec("torch") is not None  # llama.cpp's environment has none
+    if has_torch:
+        import torch
+
         torch.set_num_threads(request["threads"])
     response: dict[str, Any] = {
         "import_s": time.monotonic() - started,
@@ -41,7 +44,7 @@ def main(module: str, request_file: str, response_file: str) -> None:
     response |= quantizer.quantize(request)
     # The high-water mark of this process image; rusage would tell the parent's at the fork too.
     response["peak_rss_bytes"] = memory_bytes("VmHWM")
-    packages = (*quantizer.PACKAGES, *(() if torch is None else ("torch",)))
+    packages = (*quantizer.PACKAGES, *(("torch",) if has_torch else ()))
     response["versions"] = {name: version(name) for name in packages}
     Path(response_file).write_text(json.dumps(response), "utf-8")
 
