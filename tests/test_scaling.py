@@ -12,7 +12,8 @@ from support.tiny_models import CONFIGS, build_model, rewrite_tensors, write_che
 from support.walking import open_walker, random_batch
 from torch import Tensor, nn
 
-from llmopt.calibration.block_pass import Group, collect
+from llmopt.calibration import block_pass
+from llmopt.calibration.block_pass import Group
 from llmopt.calibration.folds import Declined, Fold, find_folds
 from llmopt.calibration.forwards import BlockForwards
 from llmopt.calibration.hidden_states import HiddenStatePair
@@ -200,12 +201,12 @@ def test_second_moments_are_not_held_beside_another_set(
 
     def gather(*arguments: Any) -> dict[Group, InputStatistics]:
         alive.append(sum(hessian() is not None for hessian in gathered))
-        statistics = collect(*arguments)
+        statistics = block_pass.gather(*arguments)
         if solver == "rtn" or len(alive) % 2:  # the scale stage's, then one pass of the solver
             gathered.extend(weakref.ref(each.hessian) for each in statistics.values())
         return statistics
 
-    monkeypatch.setattr("llmopt.calibration.forwards.collect", gather)
+    monkeypatch.setattr("llmopt.calibration.forwards.gather", gather)
     stage = {"solver": solver, "scheme": {"bits": 4, "group_size": 32}}
     if solver == "gptq":
         stage["true_sequential"] = False

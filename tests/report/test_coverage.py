@@ -16,7 +16,7 @@ def test_tokens_of_a_solver_without_text_are_unknown(
     layers = [
         LayerRecord(
             name=f"layer{index}",
-            block=None,
+            block=index,
             shape=(8, 32),
             scheme=scheme,
             solver="rtn",
@@ -26,6 +26,10 @@ def test_tokens_of_a_solver_without_text_are_unknown(
         for index, number in enumerate(tokens)
     ]
     assert _coverage(BlockRecords(tuple(layers)), set()).min_tokens_per_layer == least
+    # An embedding that is rounded sees no text, whoever else does.
+    table = layers[0].model_copy(update={"block": None, "num_tokens": 0}) if layers else None
+    with_table = [*layers, table] if table else layers
+    assert _coverage(BlockRecords(tuple(with_table)), set()).min_tokens_per_layer == least
 
 
 def test_folds_are_counted_and_what_could_not_be_folded_is_told_once() -> None:
