@@ -19,7 +19,7 @@ from llmopt.formats.gguf.header import MAGIC
 from llmopt.formats.gguf.record import (
     TENSOR_DATA_KEY,
     VERDICT_KEY,
-    check_tensor_data,
+    has_intact_tensors,
     read_verdict,
 )
 from llmopt.report.inspection import Inspection, TensorLine
@@ -86,6 +86,7 @@ def _inspect_gguf(path: Path) -> Inspection:
     report_file = companion_folder(path) / JSON_NAME
     report = read_json(report_file) if report_file.is_file() else None
     verdict = read_verdict(file)
+    intact = has_intact_tensors(path) if TENSOR_DATA_KEY in file.metadata else None
     infos = [file.info(name) for name in file.names]
     matrices = Counter(info.type.name for info in infos if not info.type.is_plain)
     return Inspection(
@@ -98,17 +99,14 @@ def _inspect_gguf(path: Path) -> Inspection:
         report=report,
         changed=tuple(changed_gguf(path, report)) if report else (),
         metadata=dict(_metadata(file)),
-        verdict=None if verdict is None else str(verdict.get("outcome", "not judged")),
-        intact=_is_intact(path) if TENSOR_DATA_KEY in file.metadata else None,
+        verdict=None if verdict is None else _own_words(verdict, intact),
+        intact=intact,
     )
 
 
-def _is_intact(path: Path) -> bool:
-    try:
-        check_tensor_data(path)
-    except BadInputError:
-        return False
-    return True
+def _own_words(verdict: Mapping[str, JsonValue], intact: bool | None) -> str:
+    outcome = str(verdict.get("outcome", "not judged"))
+    return f"{outcome}, of other tensors than it holds now" if intact is False else outcome
 
 
 def _metadata(file: GGUFFile) -> Iterator[tuple[str, str]]:

@@ -41,4 +41,4 @@ def serve(
     plan = plan_server(model, options)
     for note in plan.notes:
         errors.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(run_server(plan))
+    run_server(plan)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from llmopt.errors import BadInputError
 from llmopt.formats.gguf.file import GGUFFile
-from llmopt.formats.gguf.record import read_verdict
+from llmopt.formats.gguf.record import has_intact_tensors, read_verdict
 from llmopt.serving.processors import physical_cores
 
 DEFAULT_CONTEXT = 8192
@@ -101,22 +102,16 @@ def plan_server(path: Path, options: ServerOptions) -> ServerPlan:
     return ServerPlan(arguments, (*notes, *said))
 
 
-def run_server(plan: ServerPlan) -> int:
-    """Run the server until it ends, in this interpreter's environment.
-
-    Returns:
-        Its exit status.
+def run_server(plan: ServerPlan) -> NoReturn:
+    """Become the server: what stops this process (a signal, a container's end) stops it.
 
     Raises:
         BadInputError: llama-cpp-python or what its server needs is not installed.
     """
     check_installed(SERVER_PACKAGES)
-    process = subprocess.Popen([sys.executable, *plan.arguments])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # it got the same signal and is putting its work away
-            continue
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *plan.arguments])
 
 
 def check_installed(packages: Sequence[str]) -> None:
@@ -139,11 +134,15 @@ def _verdict_notes(file: GGUFFile, despite_verdict: bool) -> tuple[str, ...]:
         return ("the file has no verdict of llmopt: nobody measured it against its source here",)
     outcome = verdict.get("outcome", "none yet")
     if outcome == "pass":
-        return ()
+        # A tool that quantizes the file again carries the verdict along with the other metadata.
+        if has_intact_tensors(file.path):
+            return ()
+        outcome = "pass, of other tensors than it holds now"
     if not despite_verdict:
         raise BadInputError(
             f"the gate's verdict on {file.path} is: {outcome}",
-            "quantize with a milder recipe; to serve it nonetheless, pass --despite-verdict",
+            "quantize the source again, or with a milder recipe; to serve it nonetheless, pass "
+            "--despite-verdict",
         )
     return (f"served despite the gate's verdict: {outcome}",)
 

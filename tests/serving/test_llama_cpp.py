@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -125,7 +126,28 @@ def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPa
     assert "pip install 'llama-cpp-python[server]'" in raised.value.remedy
 
 
-def test_the_servers_exit_status_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_cpp, "SERVER_PACKAGES", ("json",))
-    assert run_server(ServerPlan(("-c", "raise SystemExit(7)"), ())) == 7
-    assert Path(sys.executable).is_file()
+BECOME = """
+import sys
+from llmopt.serving import llama_cpp
+llama_cpp.SERVER_PACKAGES = ("json",)
+server = "import os, sys; print(os.getpid(), flush=True); sys.exit(7)"
+llama_cpp.run_server(llama_cpp.ServerPlan(("-c", server), ()))
+"""
+
+
+def test_the_process_becomes_the_server_so_that_signals_reach_it() -> None:
+    process = subprocess.Popen([sys.executable, "-c", BECOME], stdout=subprocess.PIPE, text=True)
+    said, _ = process.communicate()
+    assert int(said) == process.pid
+    assert process.returncode == 7
+
+
+def test_a_verdict_on_other_tensors_is_none(tmp_path: Path) -> None:
+    path = write_served_file(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadInputError, match="pass, of other tensors than it holds now"):
+        plan_server(path, ServerOptions())
+    plan = plan_server(path, ServerOptions(despite_verdict=True))
+    assert "of other tensors" in plan.notes[0]

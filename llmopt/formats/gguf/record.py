@@ -106,6 +106,12 @@ def check_tensor_data(path: Path) -> str:
     return found
 
 
+def has_intact_tensors(path: Path) -> bool:
+    """Whether a file's tensor bytes are those that its hash was made of; False without a hash."""
+    file = GGUFFile(path)
+    return file.metadata.get(TENSOR_DATA_KEY) == _hash_from(path, file.header.data_offset)
+
+
 def _hash_from(path: Path, offset: int) -> str:
     digest = hashlib.sha256()
     try:

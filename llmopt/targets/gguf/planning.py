@@ -136,7 +136,7 @@ def choose_types(
     mixture, pure = find_kind(stage.scheme.type)
     shapes = [(tensor.gguf_name, tensor.shape) for tensor in file.tensors]
     types = tensor_types(mixture, file.facts, shapes, has_importance=stage.weighs_inputs)
-    memory_names = {disk: memory for memory, disk in structure.disk_names.items()}
+    modules = _modules_of(structure)
     # What stays float32 even there: vectors and routers.
     fixed = tensor_types(MIXTURES["Q8_0"], file.facts, shapes, has_importance=False)
     for tensor in file.tensors:
@@ -144,7 +144,7 @@ def choose_types(
             continue
         if pure is not None:
             types[tensor.gguf_name] = _fitting(pure, tensor)
-        given = {_given(stage, name, memory_names, source) for name in tensor.sources}
+        given = {_given(stage, modules[name], source.info(name).dtype) for name in tensor.sources}
         if len(given) > 1:
             named = ", ".join(sorted("the mixture's" if one is None else one.name for one in given))
             raise BadInputError(
@@ -162,17 +162,36 @@ def _fitting(kind: GGMLType, tensor: PlannedTensor) -> ChosenType:
     return ChosenType(fitting_type(kind, tensor.shape[-1]), kind)
 
 
-def _given(
-    stage: QuantizeStage, name: str, memory_names: Mapping[str, str], source: TensorSource
-) -> GGMLType | None:
-    """What the recipe says of one source tensor by name; ``None`` leaves it to the mixture."""
+def _modules_of(structure: ModelStructure) -> dict[str, tuple[str, ...]]:
+    """The modules that each tensor of the checkpoint is the weight of.
+
+    An embedding that serves as head goes by both names.
+    """
+    modules: dict[str, tuple[str, ...]] = {
+        disk: (memory.removesuffix(".weight"),) for memory, disk in structure.disk_names.items()
+    }
+    if structure.tied_head:
+        anatomy = structure.anatomy
+        modules[structure.embed_disk_name] = (anatomy.embedding, anatomy.head)
+    return modules
+
+
+def _given(stage: QuantizeStage, modules: tuple[str, ...], dtype: torch.dtype) -> GGMLType | None:
+    """What the recipe says of one source tensor; ``None`` leaves it to the mixture."""
     assert isinstance(stage.scheme, GGMLSection)
-    module = memory_names[name].removesuffix(".weight")
-    asked = stage.ggml_type_for(module)
-    if asked is None:
-        return GGML_TYPES[_PLAIN_OF[source.info(name).dtype]]
-    if not stage.overridden(module):
+    asked = [stage.ggml_type_for(module) for module in modules]
+    if None in asked:
+        return GGML_TYPES[_PLAIN_OF[dtype]]
+    overridden = [
+        name for name, module in zip(asked, modules, strict=True) if stage.overridden(module)
+    ]
+    if not overridden:
         return None
+    return _single_type(overridden[0])
+
+
+def _single_type(asked: str | None) -> GGMLType:
+    assert asked is not None
     if asked not in GGML_TYPES:
         find_kind(asked)  # says so if nobody knows it
         raise BadInputError(

@@ -70,6 +70,16 @@ def test_overrides_and_ignored_layers(source: Path) -> None:
     assert given["blk.0.ffn_up.weight"] == "Q4_K"
 
 
+def test_an_embedding_that_serves_as_head_goes_by_both_names(tmp_path: Path) -> None:
+    tied = write_wide_job(tmp_path, tie_word_embeddings=True)
+    assert types(contract(tied))["token_embd.weight"] == "Q6_K"
+    for name in ("lm_head", "*.embed_tokens"):
+        kept = contract(tied, stage={"ignore": [name]})
+        assert types(kept)["token_embd.weight"] == "BF16"
+        other = [{"match": name, "scheme": {"type": "Q8_0"}}]
+        assert types(contract(tied, stage={"overrides": other}))["token_embd.weight"] == "Q8_0"
+
+
 def test_rows_that_are_no_whole_blocks_fall_back_and_the_contract_names_them(
     tmp_path: Path,
 ) -> None:
