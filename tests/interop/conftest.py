@@ -47,13 +47,14 @@ def consumer(request: pytest.FixtureRequest) -> Consumer:
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Run ``llmopt quantize`` on the built-in model by a recipe, once a session.
 
-    Gives the folder it published; a recipe that the gate refuses fails the test.
+    Gives the folder or the GGUF file it published; a recipe that the gate refuses fails the test.
     """
     from llmopt.demo.paths import demo_model_path
 
     @cache
     def run(recipe: str) -> Path:
-        output = tmp_path_factory.mktemp(recipe) / "model"
+        name = "model.gguf" if recipe.startswith("gguf-") else "model"
+        output = tmp_path_factory.mktemp(recipe) / name
         tool = Path(sysconfig.get_path("scripts")) / "llmopt"
         command = [tool, "quantize", demo_model_path(), "--recipe", recipe, "-o", output]
         done = subprocess.run(command, env=clean_variables(), capture_output=True, text=True)

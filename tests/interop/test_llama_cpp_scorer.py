@@ -33,9 +33,16 @@ from llmopt_evals.scorer import Branches, Scores
 ROOT = Path(__file__).parents[2]
 NUM_TOKENS = 250
 # Type -> largest difference of the mean log-probability of a token, largest mean divergence, and
-# largest mean difference of a continuation's log-probability. But for F32, llama.cpp rounds
-# activations to 8 bits.
-TOLERANCES = {"F32": (1e-6, 1e-9, 1e-4), "Q8_0": (3e-3, 2e-3, 0.15), "Q4_K": (6e-3, 4e-3, 0.3)}
+# largest mean difference of a continuation's log-probability. llama.cpp rounds activations
+# to the type that it multiplies in: 16 bits for 16-bit weights, 8 for blocks.
+TOLERANCES = {
+    "F32": (1e-6, 1e-9, 1e-4),
+    "F16": (3e-3, 2e-3, 0.15),
+    "BF16": (3e-3, 2e-3, 0.15),
+    "Q8_0": (3e-3, 2e-3, 0.15),
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS"), (6e-3, 4e-3, 0.3)),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), (6e-3, 4e-3, 0.3)),
+}
 
 
 def write_file(path: Path, kind: str) -> None:
