@@ -105,9 +105,8 @@ def open_artifact(
     output = Path(os.path.abspath(output))
     staging = _staging_of(output)
     with storage_errors(f"cannot stage {output}"):
-        interrupted = staging.is_dir() and not staging.is_symlink()
-        if not (interrupted and resume):
-            placement.check_free(output)
+        interrupted = has_interrupted_run(output)
+        check_output(output, resume=resume, placement=placement)
         check_space(output, needed_bytes)
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -162,7 +161,7 @@ def _journal(
     if state.conclusion is not None and not directory.exists():
         with storage_errors(f"cannot conclude {staging}"):
             if state.conclusion.destination == output.name:
-                placement.conclude(staging, output)
+                _conclude(output, staging, placement)
             fsync_path(output.parent)
             remove_staging(staging)
         raise AlreadyConcludedError(
@@ -184,6 +183,16 @@ def _journal(
             _remove_all_but(staging / name, files if name == shards else set())
         _remove_all_but(staging, {JOURNAL_FILE, LOCK_FILE, "scratch", *placement.folders})
     return journal
+
+
+def _conclude(output: Path, staging: Path, placement: Placement) -> None:
+    try:
+        placement.conclude(staging, output)
+    except FileExistsError as error:
+        raise BadInputError(
+            f"{output} came into being before the finished run could be shown there",
+            "move it away and continue with --resume",
+        ) from error
 
 
 def clear_folder(directory: Path) -> None:
@@ -210,13 +219,23 @@ def check_output(output: Path, *, resume: bool = False, placement: Placement = F
     Raises:
         BadInputError: a link, a file, or a directory that is not empty.
     """
-    if not (resume and _staging_of(output).is_dir()):
+    interrupted = has_interrupted_run(output)
+    if interrupted and resume:
+        return
+    try:
         placement.check_free(output)
+    except BadInputError as error:
+        if not interrupted:
+            raise
+        # It may be half of what that very run has shown: killed between two renames.
+        remedy = f"an interrupted run for it lies in {_staging_of(output)}: continue with --resume"
+        raise BadInputError(error.what, remedy) from error
 
 
 def has_interrupted_run(output: Path) -> bool:
     """Whether there is something to resume for ``output``."""
-    return _staging_of(output).is_dir()
+    staging = _staging_of(output)
+    return staging.is_dir() and not staging.is_symlink()
 
 
 def check_space(output: Path, needed_bytes: int) -> None:

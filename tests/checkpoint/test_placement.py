@@ -110,6 +110,37 @@ def test_what_came_into_being_is_not_written_over(
     assert road(output, "pass").published
 
 
+def killed_between_the_renames(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is shown, the file is still staged, and the journal says that the run is over."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmopt.checkpoint.placement._move_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            road(output, "pass")
+    assert companion_folder(output).is_dir() and not output.exists()
+
+
+def test_a_finished_run_that_was_killed_before_its_file_is_shown_is_to_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "model.gguf"
+    killed_between_the_renames(output, monkeypatch)
+    with pytest.raises(BadInputError) as caught:
+        open_artifact(output, {"version": "1"}, resume=False, needed_bytes=0, placement=SINGLE_FILE)
+    assert "continue with --resume" in caught.value.remedy
+    output.write_text("mine")
+    with pytest.raises(BadInputError, match="came into being before") as caught:
+        road(output, "pass")
+    assert "move it away" in caught.value.remedy and output.read_text() == "mine"
+    output.unlink()
+    with pytest.raises(AlreadyConcludedError):
+        road(output, "pass")
+    assert output.stat().st_size > 0
+
+
 def test_where_links_are_unknown_the_file_is_renamed_and_still_not_over_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
