@@ -168,6 +168,28 @@ def check_imatrix(
         )
 
 
+def check_seen(matrix: ImportanceMatrix, path: Path) -> None:
+    """Hold that every expert was routed a token of the text that a matrix was collected from.
+
+    Raises:
+        BadInputError: lists the experts that saw none; to weigh all their columns alike would be a
+            guess that nobody asked for.
+    """
+    unseen = {
+        name: [int(expert) for expert in (entry.counts == 0).nonzero()]
+        for name, entry in sorted(matrix.entries.items())
+        if bool((entry.counts == 0).any())
+    }
+    if unseen:
+        shown = [f"{name} {experts}" for name, experts in list(unseen.items())[:_MAX_LISTED]]
+        more = f"; {len(unseen) - _MAX_LISTED} more" if len(unseen) > _MAX_LISTED else ""
+        raise BadInputError(
+            f"the text of the importance matrix {path} never reached the experts "
+            f"{'; '.join(shown)}{more}",
+            "collect it from more text, or round without it (`importance: false`)",
+        )
+
+
 def _not_one(path: Path, why: str) -> BadInputError:
     return BadInputError(
         f"{path} is not an importance matrix of llama.cpp's: {why}",

@@ -14,7 +14,7 @@ from llmopt.contract import check_patterns, unknown_consumer
 from llmopt.errors import BadInputError
 from llmopt.formats.consumers import load_consumers
 from llmopt.formats.gguf.architectures.plan import FilePlan, plan_file
-from llmopt.formats.gguf.imatrix import ImportanceMatrix, check_imatrix, read_imatrix
+from llmopt.formats.gguf.imatrix import ImportanceMatrix, check_imatrix, check_seen, read_imatrix
 from llmopt.formats.gguf.mixtures import ChosenType
 from llmopt.formats.gguf.tokenizer import TokenizerMetadata, tokenizer_metadata
 from llmopt.recipe import GGUF, Recipe
@@ -137,6 +137,7 @@ def _read_importance(recipe: Recipe, file: FilePlan | None) -> ImportanceMatrix 
     matrix = read_imatrix(Path(given))
     matrices = ((t.gguf_name, t.shape) for t in file.tensors if t.is_matrix)
     check_imatrix(matrix, matrices, Path(given))
+    check_seen(matrix, Path(given))
     return matrix
 
 

@@ -15,6 +15,7 @@ from llmopt.formats.gguf.imatrix import (
     ImportanceEntry,
     ImportanceMatrix,
     check_imatrix,
+    check_seen,
     read_imatrix,
     write_imatrix,
 )
@@ -210,3 +211,14 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, noise: bytes, keep: int) 
     except BadInputError:
         return
     assert found.entries
+
+
+def test_experts_that_no_token_reached_are_named(tmp_path: Path) -> None:
+    counts = torch.tensor([3, 0, 2, 0])
+    stack = ImportanceEntry(torch.ones(4, 8), counts)
+    dense = ImportanceEntry(torch.ones(1, 8), torch.tensor([5]))
+    seen = ImportanceMatrix({"a": dense}, (), 1, 0)
+    check_seen(seen, tmp_path)
+    with pytest.raises(BadInputError, match=r"never reached the experts b \[1, 3\]\n") as caught:
+        check_seen(ImportanceMatrix({"a": dense, "b": stack}, (), 1, 0), tmp_path)
+    assert "importance: false" in caught.value.remedy
