@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from support.served_files import write_served_file
@@ -13,12 +14,12 @@ from llmopt.serving.llama_cpp import ServerPlan
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[ServerPlan]:
-    """The plans of servers that would have been started; each ends with status 5."""
+    """The plans of servers that the process would have become; each ends with status 5."""
     plans: list[ServerPlan] = []
 
-    def run(plan: ServerPlan) -> int:
+    def run(plan: ServerPlan) -> NoReturn:
         plans.append(plan)
-        return 5
+        raise SystemExit(5)
 
     monkeypatch.setattr(llama_cpp, "run_server", run)
     return plans
