@@ -119,6 +119,12 @@ def test_collecting_anew_sees_what_was_changed_before_the_stop(dense: Path, tmp_
         module.get_parameter("post_attention_layernorm.weight").data.mul_(2)
         after = forwards.collect([group])[group].hessian
         assert float(after.diagonal().sum()) > 2 * float(before.diagonal().sum())
+        # Nor does what comes after it go on from where the old block had stopped.
+        forwards.advance(states.outputs(0))
+        found = [states.outputs(0).read(index) for index in range(len(BATCHES))]
+        advance(walker, 0, module, states.inputs(0), states.outputs(0))
+        wanted = [states.outputs(0).read(index) for index in range(len(BATCHES))]
+        assert all(map(torch.equal, found, wanted))
 
 
 def test_an_error_half_way_leaves_nothing_behind(dense: Path, tmp_path: Path) -> None:
