@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from llmopt.errors import BadInputError
+from llmopt.quantization.ggml.tensor import GGMLTensor
 from llmopt.quantization.grid import Clip, Grid, group_moments, make_grid
 from llmopt.quantization.hessian import (
     check_hessian,
@@ -27,6 +29,8 @@ from llmopt.quantization.refinement import refine_scales
 from llmopt.quantization.rtn import check_matrix, rtn
 from llmopt.quantization.scheme import Scheme
 from llmopt_kernels.gptq_columns import columns_per_call, gptq_columns
+
+Quantized = TypeVar("Quantized", QuantizedTensor, GGMLTensor)
 
 _BLOCK_COLUMNS = 256  # columns between two products with the errors of all columns before
 
@@ -51,20 +55,21 @@ class GPTQOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class GPTQResult:
+class GPTQResult(Generic[Quantized]):
     """What was found, and what the report says about it.
 
     Attributes:
-        tensor: the quantized weight.
+        tensor: the quantized weight, of integers or of ggml's blocks.
         damping: the damping fraction that was needed.
         num_factorizations: factorisations tried, 1 if the first succeeded.
         num_dead_columns: columns whose input was always zero; they got plain rounding.
         error: ``tr((W-Q) H (W-Q)^T) / tr(W H W^T)`` with the undamped Hessian (0 where the
             denominator is), measured on at most 256 evenly spaced rows.
-        rtn_error: the same for plain rounding with the same clipping, groups where they lie.
+        rtn_error: the same for plain rounding on the grid that was given (the same clipping, groups
+            where they lie; the scales that a search of blocks found).
     """
 
-    tensor: QuantizedTensor
+    tensor: Quantized
     damping: float
     num_factorizations: int
     num_dead_columns: int
@@ -78,7 +83,7 @@ def gptq(
     scheme: Scheme,
     options: GPTQOptions,
     scale_dtype: torch.dtype,
-) -> GPTQResult:
+) -> GPTQResult[QuantizedTensor]:
     """Quantize ``weight (out, in)`` against ``hessian (in, in)``, any multiple of ``sum x x^T``.
 
     Neither is changed. Computed in float32 on the weight's device.

@@ -19,6 +19,7 @@ from llmopt.quantization.ggml.quantize import Search, quantize_blocks
 from llmopt.quantization.ggml.refit import refit_scales
 from llmopt.quantization.ggml.tensor import GGMLTensor
 from llmopt.quantization.ggml.types import GGMLType
+from llmopt.quantization.gptq import GPTQResult
 from llmopt.quantization.hessian import check_hessian, energy_order, factorize
 from llmopt.quantization.output_error import relative_output_error, sampled_rows
 
@@ -44,35 +45,13 @@ class FeedbackOptions:
     search: Search = "least-squares"
 
 
-@dataclass(frozen=True, slots=True)
-class FeedbackResult:
-    """What was found, and what the report says about it.
-
-    Attributes:
-        tensor: the quantized weight.
-        damping: the damping fraction that was needed.
-        num_factorizations: factorisations tried, 1 if the first succeeded.
-        num_dead_columns: columns whose input was always zero; they got plain rounding.
-        error: ``tr((W-Q) H (W-Q)^T) / tr(W H W^T)`` with the undamped Hessian (0 where the
-            denominator is), measured on at most 256 evenly spaced rows.
-        rtn_error: the same for the nearest codes on the scales that the search found.
-    """
-
-    tensor: GGMLTensor
-    damping: float
-    num_factorizations: int
-    num_dead_columns: int
-    error: float
-    rtn_error: float
-
-
 def gptq_blocks(
     weight: Tensor,
     hessian: Tensor,
     kind: GGMLType,
     options: FeedbackOptions | None = None,
     importance: Tensor | None = None,
-) -> FeedbackResult:
+) -> GPTQResult[GGMLTensor]:
     """Quantize ``weight (out, in)`` against ``hessian (in, in)``, any multiple of ``sum x x^T``.
 
     Neither is changed. Computed in float32 on the weight's device.
@@ -104,7 +83,7 @@ def gptq_blocks(
         tensor = refit_scales(tensor, weight, hessian)
     rows = sampled_rows(weight)
     some = weight[rows].float()
-    return FeedbackResult(
+    return GPTQResult(
         tensor=tensor,
         damping=factor.damping,
         num_factorizations=factor.num_factorizations,
