@@ -94,6 +94,7 @@ class Response:
         versions: of its packages.
         phases_s: parts of ``quantize_s``, where the quantizer tells them.
         notes: what a reader of the row must know.
+        peaks_bytes: highest resident memory that is not pages of files, by step, where told.
     """
 
     import_s: float
@@ -104,6 +105,28 @@ class Response:
     versions: dict[str, str]
     phases_s: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    peaks_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RoadRequest:
+    """The whole road, gate included, by ``llmopt bench road``.
+
+    Attributes:
+        model: folder of the source.
+        output: folder that appears if the gate passes; does not exist yet.
+        recipe: name or file.
+        num_samples: calibration blocks, instead of the recipe's.
+        length: tokens of each, instead of the recipe's.
+        threads: of torch.
+    """
+
+    model: str
+    output: str
+    recipe: str
+    num_samples: int
+    length: int
+    threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +149,7 @@ class Measurement:
 def measure(
     python: Path,
     module: str,
-    request: Request | FileRequest,
+    request: Request | FileRequest | RoadRequest,
     folder: Path,
     variables: Mapping[str, str],
     runners: Path = RUNNERS,

@@ -140,6 +140,32 @@ def ablate(
     output.print(markdown_table(rows), markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def road(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
+    destination: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A recipe's name or YAML file.")
+    ] = "int4-gptq",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration blocks.")] = 128,
+    length: Annotated[int, typer.Option(min=16, help="Tokens of each.")] = 512,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
+) -> None:
+    """Go the whole road once, gate included, and show its memory beside the bound."""
+    from llmopt.bench.measuring import RunError
+    from llmopt.bench.road import bench_road, road_markdown
+    from llmopt.errors import ExitCode
+
+    try:
+        report = bench_road(
+            model, destination, recipe=recipe, num_samples=samples, length=length, threads=threads
+        )
+    except RunError as error:
+        errors.print(str(error), markup=False, highlight=False)
+        raise typer.Exit(int(ExitCode.FAIL)) from error
+    output.print(road_markdown(report), markup=False, highlight=False, soft_wrap=True)
+
+
 def _own_model() -> Path:
     from llmopt.bench.model import bench_model
 
