@@ -140,4 +140,4 @@ def codebook_table(kind: GGMLType, device: torch.device) -> Tensor:
 def nearest_entry(values: Tensor, scratch: Tensor, table: Tensor) -> Tensor:
     """Entries of ``table`` (see ``codebook_table``) for ``values``; overwrites ``scratch``."""
     torch.mul(values, 2.0, out=scratch).floor_().clamp_(-256, 255).add_(256)
-    return table[scratch.int()]
+    return table.index_select(0, scratch.int().view(-1)).view(values.shape)

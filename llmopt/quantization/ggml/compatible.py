@@ -46,49 +46,26 @@ def row_energies(weight: Tensor) -> Tensor:
     return total
 
 
-def compatible(x: Tensor, kind: GGMLType, importance: Tensor | None, energies: Tensor) -> Found:
+def compatible(
+    x: Tensor, kind: GGMLType, importance: Tensor | None, energies: Tensor | None
+) -> Found:
     """Quantize blocks as llama.cpp does.
 
     Args:
         x: ``(sub_block, sub_blocks, blocks) float32``, the blocks of whole rows.
-        kind: a block type.
+        kind: a block type, and not what :func:`llmopt.quantization.ggml.nearest.nearest` does.
         importance: of each value, like ``x``, or ``None``.
-        energies: ``(rows,)``, what ``row_energies`` says of the rows that the blocks make up.
+        energies: ``(rows,)``, what ``row_energies`` says of the rows that the blocks make up; asked
+            for where blocks are neither cut nor by codebook.
     """
-    if kind.name == "Q8_0":
-        return _absolute_maximum(x, kind)
     if kind.codebook is not None:
         return _by_codebook(x, kind, importance)
     if kind.sub_scale_limits is None:
-        if importance is not None:
-            return _uncut_with_importance(x, kind, importance, energies)
-        return _by_range(x, kind) if kind.min_sign else _by_peak(x, kind)
+        assert importance is not None and energies is not None
+        return _uncut_with_importance(x, kind, importance, energies)
     if kind.min_sign:
         return _cut_with_minimum(x, kind, importance)
     return _cut_without_minimum(x, kind, importance)
-
-
-def _absolute_maximum(x: Tensor, kind: GGMLType) -> Found:
-    peak = kind.offset - 1
-    scales = quotient(x.abs().amax(0), peak)
-    scaled = x * reciprocal(scales)
-    # Half away from zero, as C's roundf; the difference to the truncated value is exact.
-    codes = scaled.trunc()
-    codes += scaled.sub_(codes).mul_(2).trunc_()
-    return Found(codes.add_(kind.offset), scales.squeeze(0))
-
-
-def _by_peak(x: Tensor, kind: GGMLType) -> Found:
-    scales = quotient(signed_peak(x), -kind.offset)
-    codes = (x * reciprocal(scales)).add_(kind.offset + 0.5).trunc_()
-    return Found(codes.clamp_(max=kind.max_code), scales.squeeze(0))
-
-
-def _by_range(x: Tensor, kind: GGMLType) -> Found:
-    lowest = x.amin(0)
-    scales = quotient(x.amax(0) - lowest, kind.max_code)
-    codes = (x - lowest).mul_(reciprocal(scales)).add_(0.5).trunc_()
-    return Found(codes.clamp_(max=kind.max_code), scales.squeeze(0), mins=lowest.squeeze(0))
 
 
 def _uncut_with_importance(

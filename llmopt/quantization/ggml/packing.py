@@ -15,7 +15,10 @@ from torch import Tensor
 
 from llmopt.errors import BadInputError, NumericalError
 from llmopt.quantization.ggml.tensor import GGMLTensor
+from llmopt.quantization.ggml.threads import each_slice, row_slices
 from llmopt.quantization.ggml.types import GGMLType
+
+_PACKED_ELEMENTS = 1 << 20  # at a time
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -89,12 +92,19 @@ _TWOS_COMPLEMENT_CODES = "Q8_0"
 
 def pack_blocks(tensor: GGMLTensor) -> Tensor:
     """The bytes that a file has: ``(out, type.row_bytes(in)) uint8``, on the tensor's device."""
-    kind = tensor.type
     rows, columns = tensor.shape
-    row_bytes = kind.row_bytes(columns)
     packed = torch.empty(
-        (tensor.scales.numel(), kind.block_bytes), dtype=torch.uint8, device=tensor.codes.device
+        (rows, tensor.type.row_bytes(columns)), dtype=torch.uint8, device=tensor.codes.device
     )
+    slices = row_slices(rows, max(1, _PACKED_ELEMENTS // columns))
+    each_slice(lambda part: _pack_rows(tensor.take_rows(part), packed[part]), slices, packed.device)
+    return packed
+
+
+def _pack_rows(tensor: GGMLTensor, target: Tensor) -> None:
+    """Write some rows' bytes into ``target (rows, row_bytes) uint8``."""
+    kind = tensor.type
+    packed = target.view(-1, kind.block_bytes)
     codes = tensor.codes.reshape(-1, kind.block_size)
     if kind.name == _TWOS_COMPLEMENT_CODES:
         codes = codes ^ 0x80
@@ -102,21 +112,20 @@ def pack_blocks(tensor: GGMLTensor) -> Tensor:
     sub_mins = _stored(tensor.sub_mins, kind, 0)
     start = 0
     for part in _LAYOUTS[kind.name]:
-        target = packed[:, start : start + part.num_bytes]
+        place = packed[:, start : start + part.num_bytes]
         start += part.num_bytes
         if isinstance(part, _Planes):
             source = codes if part.of == "codes" else sub_scales
             assert source is not None
-            _pack_planes(source, part, target)
+            _pack_planes(source, part, place)
         elif part.of in ("scales", "mins"):
             values = tensor.scales if part.of == "scales" else tensor.mins
             assert values is not None and values.dtype == torch.float16
-            target.copy_(values.reshape(-1, 1).contiguous().view(torch.uint8))
+            place.copy_(values.reshape(-1, 1).contiguous().view(torch.uint8))
         else:
             assert sub_scales is not None and sub_mins is not None
             pack_pairs = _pack_six_bit if part.of == "six_bit_pairs" else _pack_nibbles
-            target.copy_(pack_pairs(sub_scales, sub_mins))
-    return packed.view(rows, row_bytes)
+            place.copy_(pack_pairs(sub_scales, sub_mins))
 
 
 def unpack_blocks(data: Tensor, kind: GGMLType, in_features: int) -> GGMLTensor:
