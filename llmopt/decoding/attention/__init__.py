@@ -1,0 +1,1 @@
+"""Attention of one packed forward over paged keys and values."""

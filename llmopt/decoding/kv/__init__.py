@@ -1,0 +1,1 @@
+"""The pools' tensors: where keys and values lie, and what their codes mean."""
