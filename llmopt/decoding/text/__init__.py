@@ -1,0 +1,1 @@
+"""From generated tokens to the text that a reader sees, piece by piece."""
