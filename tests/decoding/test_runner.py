@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from decoding.stepping import greedy
+from decoding.stepping import Book, greedy
 from support.tiny_models import CONFIGS, build_model
 
 from llmopt.decoding.kv.layout import PoolLimits
-from llmopt.decoding.kv_cache_config import KVCacheConfig
+from llmopt.decoding.kv_cache_config import HeadScales, KVCacheConfig
+from llmopt.decoding.paging.groups import PageCopy, PageTable
 from llmopt.decoding.runner import Runner
+from llmopt.decoding.scheduler import ScheduledChunk, ScheduledStep
+from llmopt.decoding.sequence import Request, Sequence
+from llmopt.errors import BadInputError
 
 PROMPTS = [[5, 9, 11], list(range(20, 61)), [7] * 18 + [3, 4], [42]]
 NEW_TOKENS = 12
@@ -51,3 +55,105 @@ def test_greedy_tokens_are_those_of_transformers(family):
         assert tokens == expected, way
         for got, want in zip(logits, expected_logits, strict=True):
             torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_quantized_cache_says_the_same_whatever_the_chunks(family, kind):
+    model = build_model(CONFIGS[family](), seed=1)
+    config = KVCacheConfig(kind, page_size=16, recent_window=6)
+    said = []
+    for way in ({"chunk": 64}, {"chunk": 7, "shuffled": True}, {"chunk": 1, "together": False}):
+        runner = Runner(model, config, PoolLimits(num_pages=40))
+        tokens, logits, _ = greedy(runner, PROMPTS, NEW_TOKENS, page_size=16, **way)
+        said.append((tokens, torch.stack([torch.stack(rows) for rows in logits])))
+    exact, exact_logits, _ = greedy(
+        Runner(model, KVCacheConfig(page_size=16), PoolLimits(num_pages=40)),
+        PROMPTS, NEW_TOKENS, page_size=16,
+    )  # fmt: skip
+    for tokens, logits in said:
+        assert tokens == said[0][0]
+        torch.testing.assert_close(logits, said[0][1], rtol=1e-3, atol=1e-3)
+    first = torch.stack([rows[0] for rows in exact_logits])  # after the same tokens
+    assert 1e-4 < float((said[0][1][:, 0] - first).abs().max()) < 1.5
+
+
+def test_the_model_is_left_as_it_was():
+    model = build_model(CONFIGS["llama"]())
+    ids = torch.tensor([[3, 4, 5]])
+    before, name = model(ids).logits, model.config._attn_implementation
+    runner = Runner(model, KVCacheConfig(page_size=16), PoolLimits(num_pages=4))
+    greedy(runner, [[3, 4, 5]], 2, page_size=16)
+    assert model.config._attn_implementation == name
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_logits_are_of_the_chunks_that_end_with_the_last_known_token():
+    model = build_model(CONFIGS["llama"]())
+    runner = Runner(model, KVCacheConfig(page_size=16), PoolLimits(num_pages=8))
+    book = Book(runner.groups, 16)
+    prompts = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
+    counts = [2, 2, 3]
+    chunks = []
+    for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+        s = Sequence(Request(str(i), tuple(prompt), 1), i, i, token_ids=prompt)
+        chunks.append(ScheduledChunk(s, 0, count, book.tables(s, 0, count)))
+    logits = runner.run(ScheduledStep(tuple(chunks), ()))
+    expected = [model(torch.tensor([p])).logits[0, -1] for p in prompts[1:]]
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert not logits.is_inference()
+    nothing = runner.run(ScheduledStep(tuple(chunks[:1]), ()))
+    assert nothing.shape == (0, logits.shape[1])
+
+
+def test_a_copied_page_is_read_like_its_source():
+    model = build_model(CONFIGS["llama"]())
+    for kind in ("auto", "fp8", "int8", "int4"):
+        config = KVCacheConfig(kind, page_size=16, recent_window=4)
+        runner = Runner(model, config, PoolLimits(num_pages=8))
+        book = Book(runner.groups, 16)
+        tokens = list(range(3, 43))
+        parent = Sequence(Request("0", tuple(tokens), 1), 0, 0, token_ids=tokens[:-1])
+        tables = book.tables(parent, 0, 39)
+        runner.run(ScheduledStep((ScheduledChunk(parent, 0, 39, tables),), ()))
+        parent.token_ids = tokens
+        said = []
+        moved, copies = {}, []
+        for name, table in tables.items():
+            pages = tuple(book.free[name].pop() for _ in table.pages)
+            pairs = zip(table.pages, pages, strict=True)
+            copies += [PageCopy(name, source, target) for source, target in pairs]
+            moved[name] = PageTable(table.first_index, pages)
+        for where, first in ((tables, ()), (moved, tuple(copies))):
+            chunk = ScheduledChunk(parent, 39, 1, where)
+            said.append(runner.run(ScheduledStep((chunk,), first)))
+        assert torch.equal(*said), kind
+
+
+def test_what_cannot_be_served_is_refused():
+    model = build_model(CONFIGS["llama"]())
+    config = KVCacheConfig(page_size=16)
+    with pytest.raises(BadInputError, match="less than one page"):
+        Runner(model, config, PoolLimits(memory_bytes=1000))
+    with pytest.raises(BadInputError, match="give one of them"):
+        Runner(model, config, PoolLimits())
+    with pytest.raises(BadInputError, match="int8"):
+        KVCacheConfig("int9")
+    with pytest.raises(BadInputError, match="layer 7"):
+        scales = {7: HeadScales((1.0, 1.0), (1.0, 1.0))}
+        Runner(model, KVCacheConfig("fp8", fp8_scales=scales), PoolLimits(num_pages=4))
+    with pytest.raises(BadInputError, match="2 positive numbers"):
+        scales = {1: HeadScales((1.0, 1.0, 1.0), (1.0, 1.0))}
+        Runner(model, KVCacheConfig("fp8", fp8_scales=scales), PoolLimits(num_pages=4))
+
+
+def test_pools_fill_the_memory_that_they_may_take():
+    model = build_model(CONFIGS["gemma3"]())
+    for kind in ("auto", "fp8", "int8", "int4"):
+        config = KVCacheConfig(kind, page_size=16, recent_window=6)
+        runner = Runner(model, config, PoolLimits(memory_bytes=1_000_000, max_sequences=2))
+        fp8_scales = 3 * 2 * 2 * 4  # belong to no page
+        assert 950_000 < runner.store.num_bytes() <= 1_000_000 + fp8_scales
+        by_name = {group.name: group for group in runner.groups}
+        assert by_name["window-8"].num_pages < by_name["full"].num_pages
