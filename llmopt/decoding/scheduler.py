@@ -219,24 +219,32 @@ class Scheduler:
         return min(sequence.num_uncomputed_tokens, self.options.chunk, budget)
 
     def _make_room(self, sequence: Sequence, wanted: int) -> int:
-        """Preempt the youngest until a sequence can be extended.
+        """How many tokens, up to ``wanted``, a sequence can be extended by.
+
+        A chunk of a prompt leaves a page to each younger sequence if it can. Where there is no
+        page for a single token, the youngest is preempted, and so on.
 
         Returns:
-            Tokens that it can be extended by: fewer than ``wanted``, or none, where it is the
-            youngest itself; then it keeps what it has and waits for the older ones.
+            The tokens; none where the sequence is the youngest itself: then it keeps what it has
+            and waits for the older ones.
         """
-        while not self.pages.can_extend(sequence.sequence_id, wanted):
-            if self._running[-1] is sequence:
-                return self._most_tokens(sequence, wanted)
+        while wanted:
+            num_younger = len(self._running) - 1 - self._running.index(sequence)
+            num_tokens = self._most_tokens(sequence, wanted, 0 if wanted == 1 else num_younger)
+            num_tokens = num_tokens or self._most_tokens(sequence, wanted, 0)
+            if num_tokens or not num_younger:
+                return num_tokens
             self._preempt(self._running[-1])
-        return wanted
+        return 0
 
-    def _most_tokens(self, sequence: Sequence, too_many: int) -> int:
-        """The most tokens, fewer than ``too_many``, that a sequence can be extended by."""
+    def _most_tokens(self, sequence: Sequence, wanted: int, spare: int) -> int:
+        """The most tokens that a sequence can be extended by with ``spare`` pages left."""
+        if self.pages.can_extend(sequence.sequence_id, wanted, spare):
+            return wanted
         return bisect.bisect_left(
-            range(1, too_many),
+            range(1, wanted),
             True,
-            key=lambda count: not self.pages.can_extend(sequence.sequence_id, count),
+            key=lambda count: not self.pages.can_extend(sequence.sequence_id, count, spare),
         )
 
     def _reserve(
@@ -268,15 +276,14 @@ class Scheduler:
         head = self._waiting[0]
         if sum(map(_places, self._running)) + _places(head) > self.options.max_sequences:
             return False
-        chunk = self.options.chunk
         spare = list(self.pages.num_free_pages().values())
         for sequence in self._running:
             num_tokens = len(sequence.token_ids) + 1
-            wanted = self.pages.pages_to_grow(sequence.sequence_id, num_tokens, chunk)
+            wanted = self.pages.pages_to_grow(sequence.sequence_id, num_tokens)
             spare = _less(spare, wanted, _places(sequence))
         if min(spare) < _places(head):  # before the prompt's pages are looked up
             return False
-        wanted = self.pages.pages_to_admit(head.token_ids, len(head.token_ids) + 1, chunk)
+        wanted = self.pages.pages_to_admit(head.token_ids, len(head.token_ids) + 1)
         return min(_less(spare, wanted, _places(head))) >= 0
 
     def _admit(self) -> Sequence:

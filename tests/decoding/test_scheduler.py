@@ -103,6 +103,38 @@ def test_a_prompt_that_others_hold_takes_no_room_twice() -> None:
     assert chunks(run.step()) == [("first", 21, 1), ("second", 20, 1)]
 
 
+def test_a_window_needs_room_for_one_chunk_and_not_for_one_of_each() -> None:
+    max_sequences, max_tokens_per_step, window = 6, 24, 6
+    num_pages = max_sequences * (-(-window // PAGE_SIZE) + 2) + max_tokens_per_step // PAGE_SIZE
+    run = engine(
+        PageGroup("full", None, 99),
+        PageGroup("window", window, num_pages),
+        max_sequences=max_sequences,
+        max_tokens_per_step=max_tokens_per_step,
+        reuse_prefixes=False,
+    )
+    for index in range(max_sequences):
+        run.scheduler.submit(request(str(index), 30, max_new_tokens=30))
+    steps = [run.step() for _ in range(10)]
+    assert len(run.scheduler.running) == max_sequences
+    assert max(step.num_tokens for step in steps) == max_tokens_per_step
+    while run.scheduler.has_work:
+        run.step()
+    assert not any(sequence.num_preemptions for sequence in run.finished)
+
+
+def test_a_chunk_leaves_a_page_to_who_decodes_beside_it() -> None:
+    groups = (PageGroup("full", None, 99), PageGroup("window", 2, 8))
+    run = engine(*groups, max_tokens_per_step=40, max_sequences=3, prefill_chunk=20)
+    old = run.scheduler.submit(request("old", 50, max_new_tokens=8))
+    run.step()
+    young = run.scheduler.submit(request("young", 4, max_new_tokens=8))
+    while run.scheduler.has_work:
+        run.step()
+    assert young.num_preemptions == old.num_preemptions == 0
+    assert young.generated_token_ids == expected_answer(young.request, 0)
+
+
 def test_cancelled_while_its_step_runs() -> None:
     run = engine(max_sequences=4)
     run.scheduler.submit(request("a", 5, num_samples=2))

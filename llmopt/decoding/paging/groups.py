@@ -50,13 +50,12 @@ class PageGroup:
         """One past the index of the last page that ``num_tokens`` tokens need."""
         return num_tokens // page_size if self.full_pages_only else -(-num_tokens // page_size)
 
-    def most_pages(self, num_tokens: int, chunk: int, page_size: int) -> int:
-        """Most pages that a sequence holds until it has ``num_tokens`` tokens, ``chunk`` a step."""
+    def most_pages(self, num_tokens: int, page_size: int) -> int:
+        """Most pages that a sequence of up to ``num_tokens`` tokens holds, computed one by one."""
         end = self.end_page(num_tokens, page_size)
-        if self.window is None:
-            return end
-        read_and_written = self.window + chunk - 1
-        return min(end, (read_and_written + page_size - 2) // page_size + 1)
+        return (
+            end if self.window is None else min(end, (self.window + page_size - 2) // page_size + 1)
+        )
 
 
 @dataclass(frozen=True, slots=True)

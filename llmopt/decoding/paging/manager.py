@@ -138,44 +138,43 @@ class PageManager:
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence of ``num_tokens`` tokens fits when nothing else holds pages."""
         return all(
-            group.most_pages(num_tokens, 1, self.page_size) <= group.num_pages
-            for group in self.groups
+            group.most_pages(num_tokens, self.page_size) <= group.num_pages for group in self.groups
         )
 
-    def pages_to_admit(self, token_ids: Sequence[int], num_tokens: int, chunk: int) -> list[int]:
+    def pages_to_admit(self, token_ids: Sequence[int], num_tokens: int) -> list[int]:
         """Free pages, a number a group, that a sequence takes until it has ``num_tokens`` tokens.
 
         Args:
             token_ids: what it would be admitted with; pages of its prefix that others hold at
                 present are not counted.
-            num_tokens: at least as many.
-            chunk: most tokens of it that one step computes.
+            num_tokens: at least as many. A window's pages are counted for one token a step; the
+                chunks of a prompt take more for the length of their step.
         """
         digests = self._reusable(token_ids)
         pages = []
         for group, pool in self._each():
             first = group.first_page(len(digests) * self.page_size, self.page_size)
             held = sum(pool.is_held(page) for page in _found(pool, digests[first:]))
-            pages.append(group.most_pages(num_tokens, chunk, self.page_size) - held)
+            pages.append(group.most_pages(num_tokens, self.page_size) - held)
         return pages
 
-    def pages_to_grow(self, sequence_id: int, num_tokens: int, chunk: int) -> list[int]:
+    def pages_to_grow(self, sequence_id: int, num_tokens: int) -> list[int]:
         """Free pages, a number a group, that an admitted sequence takes yet; see above."""
         return [
-            max(0, group.most_pages(num_tokens, chunk, self.page_size) - len(pages))
+            max(0, group.most_pages(num_tokens, self.page_size) - len(pages))
             for group, pages in zip(self.groups, self._held[sequence_id].pages, strict=True)
         ]
 
-    def can_extend(self, sequence_id: int, num_tokens: int) -> bool:
-        """Whether the pools have the pages that ``extend`` would take."""
+    def can_extend(self, sequence_id: int, num_tokens: int, spare: int = 0) -> bool:
+        """Whether ``extend`` would leave at least ``spare`` pages in every pool."""
         growths = self._growths(self._held[sequence_id], num_tokens)
         return all(
-            growth.num_taken <= pool.num_free
+            growth.num_taken + spare <= pool.num_free
             for growth, pool in zip(growths, self._pools, strict=True)
         )
 
     def extend(self, sequence_id: int, num_tokens: int) -> list[PageCopy]:
-        """Reserve slots for ``num_tokens`` more tokens of a sequence.
+        """Reserve slots for ``num_tokens`` more tokens of a sequence, at least one.
 
         Returns:
             The copies to be made, before anything is written, of pages that were shared and that
@@ -263,10 +262,8 @@ class PageManager:
         for index, (group, pool) in enumerate(self._each()):
             pages = held.pages[index]
             end = group.end_page(held.num_reserved + num_tokens, self.page_size)
-            writes_to_last = bool(
-                num_tokens and held.num_reserved % self.page_size and not group.full_pages_only
-            )
-            copies = writes_to_last and pool.is_shared(pages[-1])
+            writes_to_last = held.num_reserved % self.page_size and not group.full_pages_only
+            copies = bool(writes_to_last) and pool.is_shared(pages[-1])
             growths.append(_Growth(end - held.first[index] - len(pages), copies))
         return growths
 

@@ -83,6 +83,13 @@ def test_layers_of_windows_alone_need_no_page_before_the_window() -> None:
     assert pages.table(3, "window").first_index == 2
 
 
+def test_a_page_within_the_window_is_not_reused_after_another_prefix() -> None:
+    pages = manager(PageGroup("window", 4, 8))
+    compute(pages, 1, [1, 1, 1, 1, *range(5)])
+    assert pages.admit(2, [2, 2, 2, 2, *range(5)]) == 0
+    assert pages.admit(3, [1, 1, 1, 1, *range(5)]) == 8
+
+
 def test_a_window_frees_a_page_once_no_later_query_reads_it() -> None:
     pages = manager(PageGroup("window", 5, 8))
     pages.admit(1, [0])
@@ -151,6 +158,17 @@ def test_out_of_pages_changes_no_group() -> None:
     assert pages.extend(1, 4) == []
 
 
+def test_the_copy_on_write_is_counted_among_the_pages_wanted() -> None:
+    pages = manager(PageGroup("full", None, 3))
+    compute(pages, 1, [0, 1, 2, 3, 4])
+    pages.fork(1, 2)
+    assert pages.can_extend(2, 1) and not pages.can_extend(2, 1, spare=1)
+    assert not pages.can_extend(2, 4)
+    with pytest.raises(OutOfPagesError, match="2 pages of group 'full' wanted, 1 of 3 free"):
+        pages.extend(2, 4)
+    assert pages.table(1, "full") == pages.table(2, "full")
+
+
 def test_more_than_was_reserved_cannot_be_committed() -> None:
     pages = manager()
     pages.admit(1, [0])
@@ -168,11 +186,11 @@ def test_fits_counts_a_window_s_pages_once() -> None:
 def test_pages_to_admit_leaves_out_those_that_others_hold() -> None:
     pages = manager(PageGroup("full", None, 8), PageGroup("window", 4, 8))
     compute(pages, 1, list(range(9)))
-    # Of 11 tokens: three pages of which two are there; of the window's three, the one in reach.
-    assert pages.pages_to_admit([*range(8), 99], 11, 8) == [1, 2]
-    assert pages.pages_to_grow(1, 12, 8) == [0, 1]
+    # Of 11 tokens: three pages of which two are there; of the window's two, the one in reach.
+    assert pages.pages_to_admit([*range(8), 99], 11) == [1, 1]
+    assert pages.pages_to_grow(1, 13) == [1, 0]
     pages.release(1)
-    assert pages.pages_to_admit([*range(8), 99], 11, 8) == [3, 3]
+    assert pages.pages_to_admit([*range(8), 99], 11) == [3, 2]
 
 
 def test_groups_that_cannot_be_told_apart_are_refused() -> None:

@@ -20,11 +20,11 @@ from llmopt.decoding.paging.manager import PageManager
 
 PAGE_SIZE = 3
 GROUPS = (
-    PageGroup("full", None, 16),
-    PageGroup("narrow", 4, 14),
-    PageGroup("wide", 8, 15),
-    PageGroup("quantized", None, 11, full_pages_only=True),
-    PageGroup("quantized of a window", 7, 10, full_pages_only=True),
+    PageGroup("full", None, 10),
+    PageGroup("narrow", 4, 9),
+    PageGroup("wide", 8, 10),
+    PageGroup("quantized", None, 7, full_pages_only=True),
+    PageGroup("quantized of a window", 7, 6, full_pages_only=True),
 )
 # Two tokens, so that prefixes often agree.
 tokens = st.lists(st.integers(0, 1), min_size=1, max_size=14)
