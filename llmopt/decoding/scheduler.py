@@ -137,19 +137,17 @@ class Scheduler:
         """
         chunks: list[ScheduledChunk] = []
         copies: list[PageCopy] = []
-        is_short_of_pages = False
         budget = self.options.max_tokens_per_step - sum(map(_decodes, self._running))
         position = 0
         while position < len(self._running):
             sequence = self._running[position]
             wanted = 1 if _decodes(sequence) else self._chunk(sequence, budget)
             num_tokens = self._make_room(sequence, wanted)
-            is_short_of_pages = is_short_of_pages or num_tokens < wanted
             if num_tokens:
                 budget -= 0 if _decodes(sequence) else num_tokens
                 self._reserve(sequence, num_tokens, chunks, copies)
             position += 1
-        while budget and not is_short_of_pages and self._may_admit():
+        while budget and self._may_admit():
             sequence = self._admit()
             num_tokens = self._make_room(sequence, self._chunk(sequence, budget))
             assert num_tokens, "a sequence was let in without room for a token"

@@ -26,8 +26,15 @@ GROUPS = (
     PageGroup("quantized", None, 7, full_pages_only=True),
     PageGroup("quantized of a window", 7, 6, full_pages_only=True),
 )
-# Two tokens, so that prefixes often agree.
-tokens = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+# Prompts that agree as far as a page, or two, and part.
+ROOTS = ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [0, 1, 2, 9, 9, 9, 6, 7, 8], [5, 5, 5, 3, 4, 5])
+prompts = st.builds(
+    lambda root, length, end: [*root[:length], *end],
+    st.sampled_from(ROOTS),
+    st.integers(1, 11),
+    st.lists(st.integers(0, 1), max_size=3),
+)
+drafts = st.lists(st.integers(0, 1), min_size=1, max_size=7)
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -48,7 +55,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.num_admitted += 1
         return self.num_admitted
 
-    @rule(target=sequences, token_ids=tokens)
+    @rule(target=sequences, token_ids=prompts)
     def admit(self, token_ids: list[int]) -> int:
         name = self._new()
         reused = self.pages.admit(name, token_ids)
@@ -56,48 +63,61 @@ class AnyOrder(RuleBasedStateMachine):
         self.committed[name], self.drafts[name] = token_ids[:reused], []
         return name
 
-    @rule(target=sequences, data=st.data(), more=tokens)
-    def admit_what_was_there_before(self, data: st.DataObject, more: list[int]) -> object:
+    @rule(target=sequences, token_ids=prompts)
+    def compute_a_prompt(self, token_ids: list[int]) -> int:
+        name = self.admit(token_ids)
+        self.decode(name, token_ids[len(self.committed[name]) :])
+        return name
+
+    @rule(target=sequences, data=st.data(), more=drafts)
+    def compute_what_was_there_before(self, data: st.DataObject, more: list[int]) -> object:
         if not self.past:
             return multiple()
-        return self.admit([*data.draw(st.sampled_from(self.past)), *more])
+        return self.compute_a_prompt([*data.draw(st.sampled_from(self.past)), *more])
 
-    @rule(sequence=sequences, drafts=tokens)
-    def extend(self, sequence: int, drafts: list[int]) -> None:
+    @rule(sequence=sequences, token_ids=drafts)
+    def decode(self, sequence: int, token_ids: list[int]) -> None:
+        self.truncate(sequence, 0)
+        self.extend(sequence, token_ids)
+        if self.drafts[sequence]:
+            self.commit(sequence, [True] * len(token_ids))
+
+    @rule(sequence=sequences, token_ids=drafts)
+    def extend(self, sequence: int, token_ids: list[int]) -> None:
         before = self._state()
-        if not self.pages.can_extend(sequence, len(drafts)):
+        if not self.pages.can_extend(sequence, len(token_ids)):
             with pytest.raises(OutOfPagesError):
-                self.pages.extend(sequence, len(drafts))
+                self.pages.extend(sequence, len(token_ids))
             assert self._state() == before
             return
-        copies = self.pages.extend(sequence, len(drafts))
+        copies = self.pages.extend(sequence, len(token_ids))
         self.contents.copy(copies)
         start = len(self.committed[sequence]) + len(self.drafts[sequence])
-        self.drafts[sequence] = self.drafts[sequence] + drafts
+        self.drafts[sequence] = self.drafts[sequence] + token_ids
         self._write(sequence, self.committed[sequence] + self.drafts[sequence], start)
 
-    @rule(sequence=sequences, data=st.data())
-    def commit(self, sequence: int, data: st.DataObject) -> None:
+    @rule(sequence=sequences, is_accepted=st.lists(st.booleans(), min_size=1))
+    def commit(self, sequence: int, is_accepted: list[bool]) -> None:
         drafts = self.drafts[sequence]
-        kept = (
-            data.draw(st.lists(st.sampled_from(range(len(drafts))), unique=True)) if drafts else []
-        )
-        accepted = [drafts[index] for index in sorted(kept)]
+        accepted = [token for token, keeps in zip(drafts, is_accepted, strict=False) if keeps]
         start = len(self.committed[sequence])
-        # The runner compacts the accepted path in place; what comes after it is dropped.
+        # The runner moves the accepted path to the front; what lies after it means nothing.
         self._write(sequence, self.committed[sequence] + accepted, start)
         self.pages.commit(sequence, accepted)
         self.committed[sequence] = self.committed[sequence] + accepted
         self.drafts[sequence] = drafts[len(accepted) :]
-        self._write(
-            sequence, self.committed[sequence] + self.drafts[sequence], start + len(accepted)
-        )
 
-    @rule(sequence=sequences, data=st.data())
-    def truncate(self, sequence: int, data: st.DataObject) -> None:
-        kept = data.draw(st.integers(0, len(self.drafts[sequence])))
-        self.pages.truncate(sequence, len(self.committed[sequence]) + kept)
-        self.drafts[sequence] = self.drafts[sequence][:kept]
+    @rule(sequence=sequences, is_accepted=st.lists(st.booleans(), min_size=1, max_size=4))
+    def speculate(self, sequence: int, is_accepted: list[bool]) -> None:
+        self.extend(sequence, [1] * (len(is_accepted) + 3))
+        self.commit(sequence, is_accepted)
+        self.truncate(sequence, 0)
+
+    @rule(sequence=sequences, num_kept=st.integers(0, 3))
+    def truncate(self, sequence: int, num_kept: int) -> None:
+        kept = self.drafts[sequence][:num_kept]
+        self.pages.truncate(sequence, len(self.committed[sequence]) + len(kept))
+        self.drafts[sequence] = kept
 
     @rule(target=sequences, parent=sequences)
     def fork(self, parent: int) -> object:
@@ -176,5 +196,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.pages.num_free_pages() == {group.name: group.num_pages for group in GROUPS}
 
 
-AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+AnyOrder.TestCase.settings = settings(max_examples=120, stateful_step_count=40)
 TestAnyOrder = AnyOrder.TestCase
