@@ -287,7 +287,8 @@ class Scheduler:
     def _admit(self) -> Sequence:
         """Let the oldest waiting sequence run, from what the cache has of it on."""
         sequence = self._waiting.pop(0)
-        reused = self.pages.admit(sequence.sequence_id, sequence.token_ids)
+        num_expected = sequence.request.max_computed_tokens
+        reused = self.pages.admit(sequence.sequence_id, sequence.token_ids, num_expected)
         sequence.num_computed_tokens = sequence.num_reused_tokens = reused
         self._running.append(sequence)
         return sequence

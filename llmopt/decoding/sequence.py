@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+
+from llmopt.decoding.sampling.parameters import SamplingParameters
 
 
 class FinishReason(StrEnum):
@@ -31,7 +32,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     max_new_tokens: int
     num_samples: int = 1
-    sampling: Any = None
+    sampling: SamplingParameters = SamplingParameters()
 
     @property
     def max_computed_tokens(self) -> int:

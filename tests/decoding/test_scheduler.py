@@ -135,6 +135,16 @@ def test_a_chunk_leaves_a_page_to_who_decodes_beside_it() -> None:
     assert young.generated_token_ids == expected_answer(young.request, 0)
 
 
+def test_pages_of_sequences_that_grow_side_by_side_lie_in_rows() -> None:
+    run = engine(PageGroup("full", None, 40), max_sequences=4, prefill_chunk=5)
+    for index, num_prompt in enumerate((11, 3, 17, 8)):
+        run.scheduler.submit(request(str(index), num_prompt, max_new_tokens=20))
+    while run.scheduler.has_work:
+        for chunk in run.step().chunks:
+            pages = chunk.tables["full"].pages
+            assert pages == tuple(range(pages[0], pages[0] + len(pages)))
+
+
 def test_cancelled_while_its_step_runs() -> None:
     run = engine(max_sequences=4)
     run.scheduler.submit(request("a", 5, num_samples=2))

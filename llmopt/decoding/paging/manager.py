@@ -34,6 +34,7 @@ class _Held:
     Attributes:
         num_committed: tokens whose keys and values are written and final.
         num_reserved: tokens that there are slots for; the committed ones among them.
+        num_expected: tokens that there may be at last, as far as known.
         digest: of the last full committed page, empty without one.
         tail: committed tokens after that page.
         first: in each group, index of the first page held.
@@ -42,6 +43,7 @@ class _Held:
 
     num_committed: int
     num_reserved: int
+    num_expected: int
     digest: bytes
     tail: list[int]
     first: list[int]
@@ -54,10 +56,12 @@ class _Growth:
 
     Attributes:
         num_pages: new pages at the end.
+        num_expected: further pages that later extensions may want to follow them.
         copies: whether the last page held is shared and about to be written, hence replaced.
     """
 
     num_pages: int
+    num_expected: int
     copies: bool
 
     @property
@@ -112,11 +116,17 @@ class PageManager:
         """The pages that the sequence holds, by the groups' names."""
         return {name: self.table(sequence_id, name) for name in self._index}
 
-    def admit(self, sequence_id: int, token_ids: Sequence[int]) -> int:
+    def admit(self, sequence_id: int, token_ids: Sequence[int], num_expected: int = 0) -> int:
         """Take a sequence in, with the pages of its longest prefix found in the cache.
 
         The prefix must lie in every group, there as far as a query after it reads. It is never the
         whole of the tokens: the last one is computed anew, for its logits.
+
+        Args:
+            sequence_id: the key of the sequence from now on.
+            token_ids: those known.
+            num_expected: tokens that there may be at last. The sequence's pages are laid in a row
+                if the pool has one long enough; nothing is reserved.
 
         Returns:
             Tokens reused; they count as committed.
@@ -124,7 +134,8 @@ class PageManager:
         assert sequence_id not in self._held
         digests = self._reusable(token_ids)
         num_tokens = len(digests) * self.page_size
-        held = _Held(num_tokens, num_tokens, digests[-1] if digests else b"", [], [], [])
+        digest = digests[-1] if digests else b""
+        held = _Held(num_tokens, num_tokens, num_expected, digest, [], [], [])
         for group, pool in self._each():
             first = group.first_page(num_tokens, self.page_size)
             pages = _found(pool, digests[first:])
@@ -196,11 +207,13 @@ class PageManager:
             if growth.copies:
                 source = pages.pop()
                 before = pages[-1] if pages else None
-                (target,) = pool.allocate(1, before)
+                (target,) = pool.allocate(1, before, growth.num_pages + growth.num_expected)
                 pool.release(source)
                 pages.append(target)
                 copies.append(PageCopy(group.name, source, target))
-            pages += pool.allocate(growth.num_pages, pages[-1] if pages else None)
+            if growth.num_pages:
+                before = pages[-1] if pages else None
+                pages += pool.allocate(growth.num_pages, before, growth.num_expected)
         held.num_reserved += num_tokens
         return copies
 
@@ -240,6 +253,7 @@ class PageManager:
         self._held[child_id] = _Held(
             parent.num_committed,
             parent.num_reserved,
+            parent.num_expected,
             parent.digest,
             list(parent.tail),
             list(parent.first),
@@ -264,7 +278,10 @@ class PageManager:
             end = group.end_page(held.num_reserved + num_tokens, self.page_size)
             writes_to_last = held.num_reserved % self.page_size and not group.full_pages_only
             copies = bool(writes_to_last) and pool.is_shared(pages[-1])
-            growths.append(_Growth(end - held.first[index] - len(pages), copies))
+            expected = group.end_page(held.num_expected, self.page_size) - end
+            # A window's pages move through the pool: no room is kept for them.
+            expected = 0 if group.window else max(0, expected)
+            growths.append(_Growth(end - held.first[index] - len(pages), expected, copies))
         return growths
 
     def _publish_full_pages(self, held: _Held) -> None:

@@ -11,7 +11,8 @@ class PagePool:
     """Pages ``0`` to ``num_pages - 1``, each free or held by one or more sequences.
 
     A free page whose content is known stays findable until it is handed out again: the pages
-    without known content go first, then the one that was given back the longest time ago.
+    without known content go first, then the one that was given back the longest time ago. That
+    holds for the stretch of pages that a new sequence gets as well, by the latest of its pages.
 
     Args:
         num_pages: pages in the pool.
@@ -23,6 +24,9 @@ class PagePool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
         self._digests: list[bytes | None] = [None] * num_pages
         self._pages: dict[bytes, int] = {}
+        self._expected: dict[int, int] = {}  # after a page: how many more its sequence may want
+        self._released = [0] * num_pages  # when a page was given back; 0 without known content
+        self._now = 0
 
     @property
     def num_free(self) -> int:
@@ -37,13 +41,15 @@ class PagePool:
         """Whether any sequence holds the page."""
         return self._references[page] > 0
 
-    def allocate(self, count: int, after: int | None = None) -> list[int]:
+    def allocate(self, count: int, after: int | None = None, expected: int = 0) -> list[int]:
         """Hand out pages, each held once and without known content.
 
         Args:
             count: how many.
             after: the page that they continue. Where the next page of the pool is free, it is
                 taken, so that pages of one sequence tend to lie in a row.
+            expected: how many more may be asked for later, to continue these. A new sequence begins
+                where there is room for all of them, other sequences' expectations apart.
 
         Returns:
             The pages, in order.
@@ -54,12 +60,17 @@ class PagePool:
         if count > self.num_free:
             raise OutOfPagesError(f"{count} pages wanted, {self.num_free} free")
         pages: list[int] = []
+        if after is None and expected:
+            after = self._before_stretch(count + expected)
+        self._expected.pop(-1 if after is None else after, None)
         for _ in range(count):
             after = self._next_page(after)
             self._free.pop(after)
             self._forget(after)
             self._references[after] = 1
             pages.append(after)
+        if expected and after is not None:
+            self._expected[after] = expected
         return pages
 
     def share(self, page: int) -> None:
@@ -72,10 +83,16 @@ class PagePool:
         """Hold a page once less; with the last hold it is free."""
         assert self._references[page] > 0, f"page {page} is free already"
         self._references[page] -= 1
-        if not self._references[page]:
-            self._free[page] = None
-            if self._digests[page] is None:
-                self._free.move_to_end(page, last=False)
+        if self._references[page]:
+            return
+        self._expected.pop(page, None)
+        self._free[page] = None
+        if self._digests[page] is None:
+            self._free.move_to_end(page, last=False)
+            self._released[page] = 0
+        else:
+            self._now += 1
+            self._released[page] = self._now
 
     def publish(self, page: int, digest: bytes) -> None:
         """Say what a held page contains; of pages with equal contents the first stays the known."""
@@ -93,6 +110,21 @@ class PagePool:
         if after is not None and after + 1 in self._free:
             return after + 1
         return next(iter(self._free))
+
+    def _before_stretch(self, length: int) -> int | None:
+        """The page before ``length`` free ones in a row that are the least missed, if any are."""
+        best: int | None = None
+        earliest = self._now + 1
+        start = 0
+        for page, references in enumerate(self._references):
+            if references:
+                start = page + 1 + self._expected.get(page, 0)
+            elif page + 1 - start == length:
+                latest = max(self._released[start : page + 1])
+                if latest < earliest:
+                    best, earliest = start - 1, latest
+                start = page + 1
+        return best
 
     def _forget(self, page: int) -> None:
         """Drop what is known of a page's content."""

@@ -17,6 +17,30 @@ def test_pages_of_one_sequence_lie_in_a_row() -> None:
     assert pool.allocate(1, after=4) == [5], "the next page, rather than the one just given back"
 
 
+def test_a_new_sequence_begins_where_all_that_it_expects_has_room() -> None:
+    pool = PagePool(12)
+    assert pool.allocate(1, expected=3) == [0]
+    assert pool.allocate(2, expected=2) == [4, 5], "after what the first one expects"
+    assert pool.allocate(1, expected=9) == [1], "no row is long enough: the first free page"
+    pool.release(1)
+    assert pool.allocate(3, after=0) == [1, 2, 3]
+    assert pool.allocate(1, expected=3) == [8]
+    pool.release(5)
+    pool.release(4)
+    assert pool.allocate(1, expected=3) == [4], "who is gone expects nothing"
+
+
+def test_a_new_sequence_begins_where_the_least_is_missed() -> None:
+    pool = PagePool(6)
+    for page in pool.allocate(6):
+        pool.publish(page, bytes([page]))
+    for page in (4, 5, 2, 3, 0, 1):
+        pool.release(page)
+    assert pool.allocate(1, expected=1) == [4]
+    assert pool.allocate(1, expected=1) == [2]
+    assert [pool.find(bytes([page])) for page in range(6)] == [0, 1, None, 3, None, 5]
+
+
 def test_too_many_pages_take_none() -> None:
     pool = PagePool(3)
     pool.allocate(1)
