@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from llmopt.bench.environments import BuildError, build, frozen_environment
-from llmopt.errors import BadInputError
+from llmopt.bench.naming import known
 
 Method = Literal["rtn", "gptq", "awq"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -81,7 +80,7 @@ def find_peers(names: Sequence[str]) -> list[Quantizer]:
     Raises:
         BadInputError: unknown name (with the nearest one).
     """
-    return [PEERS[_known(name, list(PEERS), "peer")] for name in dict.fromkeys(names)]
+    return [PEERS[known(name, list(PEERS), "peer")] for name in dict.fromkeys(names)]
 
 
 def check_method(name: str) -> Method:
@@ -90,12 +89,4 @@ def check_method(name: str) -> Method:
     Raises:
         BadInputError: unknown name (with the nearest one).
     """
-    return cast(Method, _known(name, METHODS, "method"))
-
-
-def _known(name: str, known: Sequence[str], kind: str) -> str:
-    if name in known:
-        return name
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise BadInputError(f"unknown {kind} {name!r}{hint}", f"choose one of {', '.join(known)}")
+    return cast(Method, known(name, METHODS, "method"))

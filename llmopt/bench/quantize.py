@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,7 @@ from llmopt.bench.rows import (
     BenchReport,
     Row,
     Setting,
+    Status,
     current_commit,
     machine_name,
     measured_row,
@@ -106,7 +108,16 @@ def exit_code(report: BenchReport) -> ExitCode:
     return exit_code_of(report.rows)
 
 
-def exit_code_of(rows: Sequence[Row]) -> ExitCode:
+class HasStatus(Protocol):
+    """A row of any benchmark."""
+
+    @property
+    def status(self) -> Status:
+        """Whether it was measured."""
+        ...
+
+
+def exit_code_of(rows: Sequence[HasStatus]) -> ExitCode:
     """Whether all were measured: one that failed fails, one that is unavailable leaves a gap."""
     statuses = {row.status for row in rows}
     if "failed" in statuses:

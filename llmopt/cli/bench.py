@@ -166,6 +166,96 @@ def road(
     output.print(road_markdown(report), markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def grow(
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint in 16 bit.")],
+    destination: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    parameters: Annotated[str, typer.Option(help="About so many: 300M, 1B, ...")] = "300M",
+    positions: Annotated[
+        int, typer.Option(min=0, help="The least context to allow. [default: the source's]")
+    ] = 0,
+) -> None:
+    """Write a model that computes what SOURCE computes, at the cost of a larger one."""
+    from llmopt.bench.grown_model import grow_checkpoint
+    from llmopt.bench.growth import parse_count
+
+    count = parse_count(parameters)
+    with progress_bars() as progress:
+        made = grow_checkpoint(source, destination, count, positions=positions, progress=progress)
+    growth = made.growth
+    told = (
+        f"{made.num_parameters:,} parameters: {growth.num_blocks} blocks, {growth.factor} x as wide"
+    )
+    output.print(f"{destination}: {told}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def decode(
+    destination: Annotated[Path, typer.Option("--output", "-o", help="Folder for the reports.")],
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of a checkpoint. [default: the demo model]")
+    ] = None,
+    grown: Annotated[
+        str | None, typer.Option(help="Grow it to 300M, 1B, ... parameters first.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Numbers of requests at once.")] = "1,4,16",
+    context: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "128,1024",
+    weights: Annotated[str, typer.Option(help="16-bit, int4.")] = "16-bit,int4",
+    kv: Annotated[str, typer.Option(help="16-bit, fp8, int8, int4.")] = "16-bit,int8,int4",
+    peer: Annotated[
+        str, typer.Option(help="transformers, llama.cpp, vllm; or none.")
+    ] = "transformers,llama.cpp,vllm",
+    gguf_type: Annotated[
+        str, typer.Option("--gguf", help="Kinds of files for llama.cpp.")
+    ] = "BF16,Q4_0,Q4_K_M",
+    new_tokens: Annotated[int, typer.Option(min=2, help="That each request wants.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs a row.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Of every engine.")] = 2,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    recipe: Annotated[str, typer.Option(help="That gives the INT4 weights.")] = "int4-rtn",
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which an engine is ended.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
+) -> None:
+    """Decode by llmopt and its peers; exit 3 if one failed, 4 if one is unavailable.
+
+    llama.cpp is installed once, in an environment of its own in llmopt's cache; vLLM is used where
+    its environment is there.
+    """
+    from llmopt.bench.decode.choices import DecodeChoices, decode_options
+    from llmopt.bench.decode.run import bench_decode
+    from llmopt.bench.decode.table import decode_markdown, render_decode_table
+    from llmopt.bench.quantize import exit_code_of
+
+    choices = DecodeChoices(
+        model=model,
+        grown=grown,
+        batch=batch,
+        context=context,
+        weights=weights,
+        kv=kv,
+        peer=peer,
+        gguf=gguf_type,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=threads,
+        dtype=dtype,
+        device=device,
+        recipe=recipe,
+        timeout_s=timeout,
+    )
+    with progress_bars() as progress:
+        options = decode_options(choices, destination, progress)
+        report = bench_decode(options, progress)
+    if markdown:
+        output.print(decode_markdown(report), markup=False, highlight=False, soft_wrap=True)
+    else:
+        output.print(render_decode_table(report))
+    raise typer.Exit(int(exit_code_of(report.rows)))
+
+
 def _own_model() -> Path:
     from llmopt.bench.model import bench_model
 

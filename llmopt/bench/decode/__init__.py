@@ -1,0 +1,1 @@
+"""``llmopt bench decode``: engines, weights and caches beside the floor, by batch and context."""
