@@ -219,30 +219,24 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, wanted: int) -> int:
         """How many tokens, up to ``wanted``, a sequence can be extended by.
 
-        A chunk of a prompt leaves a page to each younger sequence if it can. Where there is no
-        page for a single token, the youngest is preempted, and so on.
+        Where there is no page for a single token, the youngest is preempted, and so on.
 
         Returns:
             The tokens; none where the sequence is the youngest itself: then it keeps what it has
             and waits for the older ones.
         """
-        while wanted:
-            num_younger = len(self._running) - 1 - self._running.index(sequence)
-            num_tokens = self._most_tokens(sequence, wanted, 0 if wanted == 1 else num_younger)
-            num_tokens = num_tokens or self._most_tokens(sequence, wanted, 0)
-            if num_tokens or not num_younger:
-                return num_tokens
+        while not (num_tokens := self._most_tokens(sequence, wanted)):
+            if not wanted or self._running[-1] is sequence:
+                break
             self._preempt(self._running[-1])
-        return 0
+        return num_tokens
 
-    def _most_tokens(self, sequence: Sequence, wanted: int, spare: int) -> int:
-        """The most tokens that a sequence can be extended by with ``spare`` pages left."""
-        if self.pages.can_extend(sequence.sequence_id, wanted, spare):
-            return wanted
+    def _most_tokens(self, sequence: Sequence, wanted: int) -> int:
+        """The most tokens, up to ``wanted``, that a sequence can be extended by now."""
         return bisect.bisect_left(
-            range(1, wanted),
+            range(1, wanted + 1),
             True,
-            key=lambda count: not self.pages.can_extend(sequence.sequence_id, count, spare),
+            key=lambda count: not self.pages.can_extend(sequence.sequence_id, count),
         )
 
     def _reserve(

@@ -123,16 +123,15 @@ def test_a_window_needs_room_for_one_chunk_and_not_for_one_of_each() -> None:
     assert not any(sequence.num_preemptions for sequence in run.finished)
 
 
-def test_a_chunk_leaves_a_page_to_who_decodes_beside_it() -> None:
-    groups = (PageGroup("full", None, 99), PageGroup("window", 2, 8))
-    run = engine(*groups, max_tokens_per_step=40, max_sequences=3, prefill_chunk=20)
-    old = run.scheduler.submit(request("old", 50, max_new_tokens=8))
-    run.step()
-    young = run.scheduler.submit(request("young", 4, max_new_tokens=8))
-    while run.scheduler.has_work:
-        run.step()
-    assert young.num_preemptions == old.num_preemptions == 0
-    assert young.generated_token_ids == expected_answer(young.request, 0)
+def test_nobody_is_let_in_while_a_chunk_holds_all_pages_of_a_window() -> None:
+    groups = (PageGroup("full", None, 99), PageGroup("window", 2, 6))
+    run = engine(*groups, max_tokens_per_step=40, max_sequences=3, prefill_chunk=24)
+    run.scheduler.submit(request("old", 50))
+    run.scheduler.submit(request("young", 4))
+    assert chunks(run.step()) == [("old", 0, 24)]
+    assert chunks(run.step()) == [("old", 24, 20)], "of six pages one holds what the window reads"
+    assert chunks(run.step()) == [("old", 44, 6)]
+    assert chunks(run.step()) == [("old", 50, 1), ("young", 0, 4)]
 
 
 def test_pages_of_sequences_that_grow_side_by_side_lie_in_rows() -> None:

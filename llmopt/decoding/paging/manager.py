@@ -176,11 +176,11 @@ class PageManager:
             for group, pages in zip(self.groups, self._held[sequence_id].pages, strict=True)
         ]
 
-    def can_extend(self, sequence_id: int, num_tokens: int, spare: int = 0) -> bool:
-        """Whether ``extend`` would leave at least ``spare`` pages in every pool."""
+    def can_extend(self, sequence_id: int, num_tokens: int) -> bool:
+        """Whether the pools have the pages that ``extend`` would take."""
         growths = self._growths(self._held[sequence_id], num_tokens)
         return all(
-            growth.num_taken + spare <= pool.num_free
+            growth.num_taken <= pool.num_free
             for growth, pool in zip(growths, self._pools, strict=True)
         )
 
@@ -207,7 +207,7 @@ class PageManager:
             if growth.copies:
                 source = pages.pop()
                 before = pages[-1] if pages else None
-                (target,) = pool.allocate(1, before, growth.num_pages + growth.num_expected)
+                (target,) = pool.allocate(1, before)
                 pool.release(source)
                 pages.append(target)
                 copies.append(PageCopy(group.name, source, target))

@@ -30,6 +30,13 @@ def test_a_new_sequence_begins_where_all_that_it_expects_has_room() -> None:
     assert pool.allocate(1, expected=3) == [4], "who is gone expects nothing"
 
 
+def test_who_gave_its_pages_back_expects_nothing() -> None:
+    pool = PagePool(8)
+    pool.release(*pool.allocate(1, expected=3))
+    assert pool.allocate(1) == [0]
+    assert pool.allocate(1, expected=2) == [1]
+
+
 def test_a_new_sequence_begins_where_the_least_is_missed() -> None:
     pool = PagePool(6)
     for page in pool.allocate(6):
@@ -39,6 +46,17 @@ def test_a_new_sequence_begins_where_the_least_is_missed() -> None:
     assert pool.allocate(1, expected=1) == [4]
     assert pool.allocate(1, expected=1) == [2]
     assert [pool.find(bytes([page])) for page in range(6)] == [0, 1, None, 3, None, 5]
+
+
+def test_a_page_without_known_content_is_missed_the_least() -> None:
+    pool = PagePool(4)
+    for page in pool.allocate(4):
+        pool.publish(page, bytes([page]))
+    for page in range(4):
+        pool.release(page)
+    for page in pool.allocate(2, after=1):
+        pool.release(page)
+    assert pool.allocate(1, expected=1) == [2]
 
 
 def test_too_many_pages_take_none() -> None:
