@@ -53,20 +53,21 @@ def factorize(hessian: Tensor, order: Tensor | None, damping: float) -> Factor:
         NumericalError: if damping beyond 1.0 would be needed.
     """
     # Reversed, because Cholesky gives lower factors and an upper one is wanted.
-    if order is None:
-        reversed_hessian = hessian.flip(0, 1)
-    else:
-        backwards = order.flip(0)
-        reversed_hessian = hessian[backwards][:, backwards]
-    diagonal = reversed_hessian.diagonal().clone()
+    columns = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    backwards = columns.flip(0)
+    diagonal = hessian.diagonal()[backwards]
     mean = float(diagonal.mean())
     unit = mean if mean > 0 else 1.0
     live = torch.where(diagonal == 0, unit, diagonal)
+    failure = torch.empty((), dtype=torch.int32, device=hessian.device)
     num_factorizations = 0
     while damping <= _MAX_DAMPING * (1 + 1e-9):
         num_factorizations += 1
-        reversed_hessian.diagonal().copy_(live + damping * unit)
-        lower, failure = torch.linalg.cholesky_ex(reversed_hessian)
+        # Taken anew for every try and factored where it lies, column-major as LAPACK has it: of a
+        # wide layer a Hessian is the largest thing in memory, and each copy counts.
+        lower = hessian[backwards.unsqueeze(1), backwards].t()
+        lower.diagonal().copy_(live + damping * unit)
+        torch.linalg.cholesky_ex(lower, out=(lower, failure))
         if int(failure) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
             return Factor(_feedback(lower), damping, num_factorizations)
         damping = damping * 10 if damping > 0 else 0.01
@@ -89,7 +90,8 @@ def conditional_feedback(feedback: Tensor) -> Tensor:
 
 
 def _feedback(lower: Tensor) -> Tensor:
-    upper = lower.flip(0, 1)
-    feedback = upper.t() / upper.diagonal().unsqueeze(1)
-    feedback.diagonal().zero_()
-    return feedback.contiguous()
+    """The factor's columns over their diagonal, back in order, transposed; overwrites ``lower``."""
+    diagonal = lower.diagonal().flip(0).clone()
+    feedback = lower.t().flip(0, 1).contiguous()
+    feedback.div_(diagonal.unsqueeze(1)).diagonal().zero_()
+    return feedback
