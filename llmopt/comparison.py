@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from llmopt.formats.dequantized import DequantizedSource
 from llmopt.formats.gguf.source import GGUFSource
 from llmopt.quantization.ggml.types import GGMLType
 from llmopt.quantization.scheme import Scheme
+from llmopt.spilled import RowReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +41,8 @@ class Comparison:
         candidate: its weights, under the names that ``candidate_structure`` knows.
         candidate_structure: of the candidate, from its own ``config.json``, or metadata.
         schemes: by the source's tensor names; none if the candidate is not quantized.
-        tables: of the candidate, embedding and head where reading them dequantizes them.
+        tables: of the candidate, embedding and head where reading them dequantizes them; gives
+            some of their rows.
         is_plain_rounding: whether the candidate is its own yardstick of the relative criterion.
         bits: the width that most of the quantized parameters have; it decides the margins.
         tokenizer: the source's.
@@ -51,7 +54,7 @@ class Comparison:
     candidate: TensorSource
     candidate_structure: ModelStructure
     schemes: Mapping[str, Scheme | GGMLType]
-    tables: frozenset[str]
+    tables: Mapping[str, RowReader]
     is_plain_rounding: bool
     bits: int
     tokenizer: PreTrainedTokenizerBase
@@ -97,7 +100,7 @@ def compare(candidate: CheckpointReader, reader: CheckpointReader) -> Comparison
         source,
         own,
         schemes,
-        frozenset(),
+        {},
         False,
         bits,
         tokenizer,
@@ -134,7 +137,7 @@ def compare_gguf(path: Path, reader: CheckpointReader) -> Comparison:
         source,
         own,
         schemes,
-        frozenset(name for name in tables if name is not None),
+        {name: partial(source.read_rows, name) for name in tables if name is not None},
         False,
         margin_bits(sizes) if sizes else UNQUANTIZED_BITS,
         tokenizer,
@@ -173,7 +176,8 @@ def _check_same_vocabulary(
     if not isinstance(texts, tuple):
         raise BadInputError(f"{path} has no tokens (tokenizer.ggml.tokens)", remedy)
     for text, index in tokenizer.get_vocab().items():
-        if index < len(texts) and texts[index] != text:
+        # Some converters write added tokens as they are read, SentencePiece's mark as a space.
+        if index < len(texts) and texts[index] not in (text, text.replace("\u2581", " ")):
             raise BadInputError(
                 f"token {index} is {texts[index]!r} in {path}, {text!r} in the source", remedy
             )

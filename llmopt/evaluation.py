@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,10 @@ from llmopt.checkpoint.tensor_source import TensorSource
 from llmopt.comparison import Comparison, compare, compare_gguf
 from llmopt.environment import check_device
 from llmopt.errors import EXIT_CODES, BadInputError, BrokenArtifactError, ExitCode, NumericalError
+from llmopt.formats.gguf.file import GGUFFile
 from llmopt.formats.gguf.record import check_tensor_data, read_verdict
 from llmopt.formats.gguf.source import GGUFSource
+from llmopt.formats.gguf.tokenizer.foreign import tokenizer_notes
 from llmopt.progress import Progress, silent
 from llmopt.recipe import EvaluationSection, GateSection, Recipe
 from llmopt.report.integrity import changed_files
@@ -116,7 +119,11 @@ def judge(
         rounded = RoundedSource(comparison.reader, comparison.schemes)
         structure = comparison.structure
         named = (structure.embed_disk_name, structure.head_disk_name)
-        tables = [name for name in named if name is not None and name in comparison.schemes]
+        tables = {
+            name: partial(rounded.read_rows, name)
+            for name in named
+            if name is not None and name in comparison.schemes
+        }
         baseline = scorer(SpilledSource(rounded, tables, scratch), "plain rounding")
     try:
         run = run_gate(
@@ -231,6 +238,9 @@ def evaluate(
         context_length=_shared_context(comparison),
     )
     notes = (_file_notes if is_file else _integrity_notes)(path, held_out)
+    if is_file:
+        size = comparison.candidate_structure.vocabulary_size
+        notes += tokenizer_notes(GGUFFile(path).metadata, source.path, size)
     with ExitStack() as open_until_judged:
         scratch = open_until_judged.enter_context(
             tempfile.TemporaryDirectory(prefix="llmopt-eval-")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ from llmopt.calibration.statistics import ColumnStatistics
 from llmopt.calibration.tokenizer import load_tokenizer
 from llmopt.calibration.walker import BlockWalker, calibration_walker
 from llmopt.checkpoint.artifact import check_space
+from llmopt.checkpoint.durable import storage_errors
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.structure import ModelStructure, read_structure
 from llmopt.environment import check_device
@@ -90,8 +92,8 @@ def gather_imatrix(
     shapes = [batch.shape for batch in batches]
     check_space(output, 2 * file_size(shapes, structure.hidden_size, walker.dtype))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".llmopt-imatrix-", dir=output.parent) as scratch:
-        states = HiddenStatePair.create(Path(scratch), shapes, structure.hidden_size, walker.dtype)
+    with _scratch_folder(output) as scratch:
+        states = HiddenStatePair.create(scratch, shapes, structure.hidden_size, walker.dtype)
         walker.start(batches, states.inputs(0))
         statistics = _walk(walker, states, progress)
     entries = importance_entries(plan, statistics)
@@ -104,6 +106,20 @@ def gather_imatrix(
         if (unseen := int((entry.counts == 0).sum()))
     }
     return Gathered(output, len(entries), int(blocks.blocks.numel()), starved)
+
+
+@contextmanager
+def _scratch_folder(output: Path) -> Iterator[Path]:
+    """A folder beside ``output``, always of the same name: what a killed run left goes first."""
+    scratch = output.parent / f".{output.name}.llmopt-imatrix"
+    with storage_errors(f"cannot make {scratch}"):
+        if scratch.exists():
+            shutil.rmtree(scratch)
+        scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _walk(

@@ -37,9 +37,13 @@ class RoundedSource:
 
     def read(self, name: str) -> Tensor:
         """The tensor; a rounded weight as float32."""
-        weight = self._source.read(name)
         if name not in self._schemes:
-            return weight
+            return self._source.read(name)
+        return self.read_rows(name, slice(None))
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a rounded weight, as float32; no scheme lets rows depend on each other."""
+        weight = self._source.read(name)[rows]
         scheme = self._schemes[name]
         if isinstance(scheme, GGMLType):  # as llama.cpp does without an importance matrix
             return quantize_blocks(weight, scheme, search="compatible").dequantize()

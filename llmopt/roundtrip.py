@@ -65,7 +65,7 @@ def check_gguf_round_trip(path: Path, solved: Mapping[str, str], progress: Progr
 
     Args:
         path: the staged file.
-        solved: digest of each tensor's values in the file's order, by its name there.
+        solved: digest of each tensor's values, rows in the checkpoint's order, by its name there.
         progress: told of each tensor.
 
     Raises:
@@ -81,7 +81,11 @@ def check_gguf_round_trip(path: Path, solved: Mapping[str, str], progress: Progr
     different = []
     for done, (name, digest) in enumerate(solved.items()):
         progress("read back", done, len(solved))
-        if decoder.digest(name) != digest:
+        try:
+            found = decoder.digest(name)
+        except ValueError as error:
+            raise RoundTripError(f"{name} of {path} cannot be read: {error}", _DEFECT) from error
+        if found != digest:
             different.append(name)
     progress("read back", len(solved), len(solved))
     if different:

@@ -61,6 +61,9 @@ class GGMLSection(Section):
         return self.type
 
 
+PLAIN_TYPES = ("F32", "F16", "BF16")
+"""GGUF types that have no blocks."""
+
 SCHEME_KINDS: dict[str, type[Section]] = {"integer": SchemeSection, "ggml": GGMLSection}
 
 
@@ -183,12 +186,18 @@ class QuantizeStage(Section):
     @property
     def weighs_inputs(self) -> bool:
         """Whether errors of GGUF types are weighed by importance."""
-        return self.is_ggml and self.importance is not False
+        return self.is_ggml and self.importance is not False and not self.is_plain
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it only changes the element type: F32, F16 or BF16, where nothing is solved."""
+        sections = (self.scheme, *(override.scheme for override in self.overrides))
+        return all(isinstance(one, GGMLSection) and one.type in PLAIN_TYPES for one in sections)
 
     @property
     def sees_text(self) -> bool:
         """Whether it goes by statistics of the calibration text."""
-        return (
+        return not self.is_plain and (
             self.solver == "gptq"
             or self.clip == "activation"
             or self.refine_scales

@@ -13,7 +13,7 @@ QUANTIZE = {"kind": "quantize", "solver": "rtn"}
 def test_the_projects_recipes_are_the_promised_ones_and_all_load() -> None:
     promised = {"int4-gptq", "int4-gptq-g32", "int4-awq", "int4-awq-gptq", "w4a16-gptq-file"}
     promised |= {"w4a16-awq-file", "int4-rtn", "int8-rtn", "int3-gptq", "int4-gptq-moe"}
-    promised |= {"gguf-q4_k_m", "gguf-q4_k_m-gptq", "gguf-q5_k_m", "gguf-q6_k", "gguf-q8_0"}
+    promised |= {"gguf-q4_k_m", "gguf-q4_k_m-fast", "gguf-q5_k_m", "gguf-q6_k", "gguf-q8_0"}
     promised |= {"gguf-q3_k_m", "gguf-iq4_xs"}
     assert promised <= set(recipe_files())
     for name in recipe_files():
@@ -111,6 +111,12 @@ def test_a_gguf_recipe_knows_its_consumer_its_needs_and_its_yardstick() -> None:
     assert not recipe(importance=False).calibrates
     assert not recipe({"imatrix": "x.gguf"}).calibrates
     assert recipe({"imatrix": "x.gguf"}, solver="gptq").calibrates
+    for kind in ("F32", "F16", "BF16"):  # nothing is rounded that a text could tell about
+        plain_type = {"scheme": {"type": kind}}
+        assert not recipe(**plain_type).calibrates
+        assert not recipe(**plain_type, solver="gptq", importance=True).calibrates
+        blocks = {"match": "*.down_proj", "scheme": {"type": "Q8_0"}}
+        assert recipe(**plain_type, overrides=[blocks]).calibrates
     plain = {"importance": False, "search": "compatible"}
     assert recipe(**plain).is_plain_rounding
     assert not recipe(importance=False).is_plain_rounding

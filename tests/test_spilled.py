@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
+from llmopt import spilled as spilled_module
 from llmopt.checkpoint.tensor_source import TensorInfo
 from llmopt.quantization.ggml.quantize import quantize_blocks
 from llmopt.quantization.ggml.types import GGML_TYPES
@@ -21,6 +23,7 @@ class Counted:
             name: torch.randn(5, 64, generator=generator) for name in ("table", "other")
         }
         self.reads: list[str] = []
+        self.rows_read: list[int] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -34,14 +37,24 @@ class Counted:
         self.reads.append(name)
         return self.tensors[name]
 
+    def read_rows(self, rows: slice) -> Tensor:
+        """Of the table."""
+        found = self.tensors["table"][rows]
+        self.rows_read.append(len(found))
+        return found
 
-def test_a_table_is_read_once_and_leaves_no_file(tmp_path: Path) -> None:
+
+def test_a_table_is_read_once_some_rows_at_a_time_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spilled_module, "_ROW_ELEMENTS", 2 * 64)
     source = Counted()
-    spilled = SpilledSource(source, ["table"], tmp_path)
+    spilled = SpilledSource(source, {"table": source.read_rows}, tmp_path)
     for _ in range(3):
         assert torch.equal(spilled.read("table"), source.tensors["table"])
         assert torch.equal(spilled.read("other"), source.tensors["other"])
-    assert source.reads.count("table") == 1 and source.reads.count("other") == 3
+    assert source.rows_read == [2, 2, 1]
+    assert source.reads == ["other"] * 3
     assert not list(tmp_path.iterdir())
     assert spilled.names == source.names and spilled.info("table") == source.info("table")
 

@@ -97,15 +97,19 @@ def _panels(layers: Sequence[LayerRecord], solver: str) -> list[Markup]:
 
 
 def kind_errors(layers: Sequence[LayerRecord]) -> list[KindErrors]:
-    """Errors by kind of linear and block; the experts of a block count by their worst."""
+    """Errors by kind of linear and block; the experts of a block count by their worst.
+
+    What lies outside the blocks has no place on their axis; the table of layers has it.
+    """
     kinds: dict[str, dict[int, tuple[float, float]]] = {}
     for layer in layers:
+        if layer.block is None:
+            continue
         by_block = kinds.setdefault(layer.kind, {})
-        block = -1 if layer.block is None else layer.block
         plain = math.nan if layer.plain_output_error is None else layer.plain_output_error
-        known = by_block.get(block)
+        known = by_block.get(layer.block)
         if known is None or layer_error(layer) > known[0]:
-            by_block[block] = (layer_error(layer), plain)
+            by_block[layer.block] = (layer_error(layer), plain)
     return [
         KindErrors(
             kind=kind,

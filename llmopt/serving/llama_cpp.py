@@ -77,7 +77,8 @@ def plan_server(path: Path, options: ServerOptions) -> ServerPlan:
     file = GGUFFile(path)
     notes = _verdict_notes(file, options.despite_verdict)
     context, said = _context(file, options.context)
-    if "tokenizer.chat_template" not in file.metadata and "--chat_format" not in options.further:
+    names_format = any(word.split("=")[0] == "--chat_format" for word in options.further)
+    if "tokenizer.chat_template" not in file.metadata and not names_format:
         notes += (
             "the file has no chat template, so chat requests would be written as Llama 2 wants "
             "them; use plain completions, or pass -- --chat_format NAME",

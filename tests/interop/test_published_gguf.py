@@ -31,7 +31,7 @@ NOISE = 0.15
 
 @pytest.mark.interop
 @pytest.mark.parametrize("python", ["llama-cpp"], indirect=True)
-@pytest.mark.parametrize("recipe", ["gguf-q4_k_m", "gguf-q4_k_m-gptq"])
+@pytest.mark.parametrize("recipe", ["gguf-q4_k_m", "gguf-q4_k_m-fast"])
 def test_llama_cpp_answers_with_the_tokens_that_our_evaluation_predicts(
     python: Path, recipe: str, quantized: Callable[[str], Path], tmp_path: Path
 ) -> None:

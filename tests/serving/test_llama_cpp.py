@@ -78,8 +78,10 @@ def test_heads_may_differ_by_layer(tmp_path: Path) -> None:
 def test_without_a_chat_template_there_is_a_note(tmp_path: Path) -> None:
     path = write_served_file(tmp_path, changes={"tokenizer.chat_template": None})
     assert "no chat template" in plan_server(path, ServerOptions()).notes[0]
-    chosen = ServerOptions(further=("--chat_format", "chatml"))
-    assert plan_server(path, chosen).notes == ()
+    for further in (("--chat_format", "chatml"), ("--chat_format=chatml",)):
+        assert plan_server(path, ServerOptions(further=further)).notes == ()
+    other = ServerOptions(further=("--chat_formats", "chatml"))
+    assert "no chat template" in plan_server(path, other).notes[0]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,6 @@ from llmopt.formats.gguf.values import NUMBER_DTYPES, PlainValue, ValueType
 MAX_HEADER_BYTES = 1 << 28
 """256 MiB: above ten times the largest vocabulary's; what stands before the tensors' bytes."""
 
-MAX_ARRAY_DEPTH = 4
-"""Arrays in arrays in arrays in arrays; llama.cpp reads no array in an array at all."""
-
 _FETCH_AGAIN = "download or convert the file again; its checksum stands on the model's page"
 
 
@@ -89,25 +86,25 @@ class Cursor:
         except ValueError:
             raise self.fail(f"there is no metadata type {number}") from None
 
-    def value(self, kind: ValueType, depth: int = 0) -> PlainValue:
-        """A value of this type; arrays no deeper than ``MAX_ARRAY_DEPTH``."""
+    def value(self, kind: ValueType) -> PlainValue:
+        """A value of this type."""
         if kind is ValueType.STRING:
             return self.string("a text")
         if kind is ValueType.ARRAY:
-            return self._array(depth + 1)
+            return self._array()
         number: int | float | bool = self._numbers(kind, 1)[0].item()
         return number
 
-    def _array(self, depth: int) -> PlainValue:
-        if depth > MAX_ARRAY_DEPTH:
-            raise self.fail(f"arrays are nested more than {MAX_ARRAY_DEPTH} deep")
+    def _array(self) -> PlainValue:
         kind = self.value_type()
         count = self.uint64()
         if kind in NUMBER_DTYPES:
             return self._numbers(kind, count)
-        # The least that an element takes: a length; of an array, its type and its length.
-        self.require(count, 8 if kind is ValueType.STRING else 12, f"an array of {count}")
-        return tuple(self.value(kind, depth) for _ in range(count))
+        if kind is ValueType.ARRAY:
+            # Each empty one costs a file twelve bytes and a reader an object.
+            raise self.fail(f"an array of {count} arrays; llama.cpp reads no array in an array")
+        self.require(count, 8, f"an array of {count}")  # the least that a text takes: its length
+        return tuple(self.string("a text") for _ in range(count))
 
     def _numbers(self, kind: ValueType, count: int) -> np.ndarray[tuple[int], np.dtype[np.generic]]:
         dtype = NUMBER_DTYPES[kind]

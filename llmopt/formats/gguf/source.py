@@ -119,6 +119,16 @@ class GGUFSource:
         unstacked = Transform(heads=place.transform.heads, added=place.transform.added)
         return unstacked.invert(values)
 
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a table as float32: of a matrix whose rows lie as the checkpoint has them.
+
+        Nothing but these rows is dequantized.
+        """
+        place = self._places[name]
+        assert place.transform == Transform(), name
+        stored = self.file.info(place.gguf_name)
+        return _dequantize(self.file.data(place.gguf_name)[rows], stored.type, stored.shape[-1])
+
     def _values(self, gguf_name: str) -> Tensor:
         info = self.file.info(gguf_name)
         return _dequantize(self.file.data(gguf_name), info.type, info.shape[-1])

@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 NumberArray: TypeAlias = npt.NDArray[np.generic]
-PlainValue: TypeAlias = "int | float | bool | str | NumberArray | tuple[PlainValue, ...]"
-"""What a metadata value is in Python: arrays of numbers as numpy's, of strings or arrays as tuples.
-"""
+PlainValue: TypeAlias = int | float | bool | str | NumberArray | tuple[str, ...]
+"""What a metadata value is in Python: arrays of numbers as numpy's, of strings as tuples."""
 
 
 class ValueType(IntEnum):

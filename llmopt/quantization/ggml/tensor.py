@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -90,13 +91,26 @@ class GGMLTensor:
 
         Any decoder can be held to it, whatever it keeps of codes and scales.
         """
-        digest = hashlib.sha256()
-        rows, columns = self.shape
-        step = max(1, _DIGEST_ELEMENTS // columns)
+        return digest_values([self])
+
+
+def digest_values(parts: Iterable[GGMLTensor | Tensor]) -> str:
+    """SHA-256 over the float32 bytes (little-endian) of tensors, one after the other.
+
+    Those in blocks are dequantized, and plain ones converted, some rows at a time.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        rows, columns = (part.shape[0], part.shape[-1]) if len(part.shape) > 1 else (1, 0)
+        step = max(1, _DIGEST_ELEMENTS // max(1, columns))
         for start in range(0, rows, step):
-            values = self.take_rows(slice(start, start + step)).dequantize()
-            digest.update(values.cpu().contiguous().numpy().astype("<f4", copy=False).tobytes())
-        return digest.hexdigest()
+            some = slice(start, start + step)
+            if isinstance(part, GGMLTensor):
+                values = part.take_rows(some).dequantize()
+            else:
+                values = (part[some] if columns else part).float()
+            digest.update(values.cpu().contiguous().numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()
 
 
 def _spread(of_blocks: Tensor, of_sub_blocks: Tensor | None) -> Tensor:

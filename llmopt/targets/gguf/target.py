@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +29,7 @@ from llmopt.formats.gguf.values import TypedValue, string, uint32
 from llmopt.formats.gguf.writer import TensorEntry, write_gguf
 from llmopt.progress import Progress
 from llmopt.quantization.ggml.packing import pack_blocks, pack_plain, unpack_plain
-from llmopt.quantization.ggml.tensor import GGMLTensor
+from llmopt.quantization.ggml.tensor import digest_values
 from llmopt.recipe import Recipe
 from llmopt.report.integrity import hash_files
 from llmopt.report.schema import (
@@ -43,6 +42,7 @@ from llmopt.report.schema import (
 from llmopt.roundtrip import check_gguf_round_trip
 from llmopt.targets.base import CompressedPart, Seen, solved_digests
 from llmopt.targets.gguf.contract import GGUFContract, draw_gguf_contract
+from llmopt.targets.gguf.naming import model_name
 from llmopt.targets.gguf.planning import GGUFPlan, Matrix, matrices_of
 from llmopt.targets.gguf.solving import (
     SolvedMatrix,
@@ -131,12 +131,10 @@ class GGUFTarget:
                 tensors[tensor.gguf_name] = tensor.assemble(
                     [pack_blocks(item.tensor).cpu() for item in mine]
                 )
-                digests[tensor.gguf_name] = _digest(tensor, [item.tensor for item in mine])
+                digests[tensor.gguf_name] = digest_values(item.tensor for item in mine)
             else:
-                packed = self._pack_plain(tensor)
-                tensors[tensor.gguf_name] = packed
-                values = unpack_plain(packed, self.plan.types[tensor.gguf_name].type)
-                digests[tensor.gguf_name] = _sha256([values])
+                tensors[tensor.gguf_name] = self._pack_plain(tensor)
+                digests[tensor.gguf_name] = digest_values(self._stored_values(tensor))
         return CompressedPart(
             tensors=tensors,
             digests=digests,
@@ -204,6 +202,14 @@ class GGUFTarget:
         values = tensor.assemble([self._reader.read(name) for name in tensor.sources])
         return pack_plain(values, kind)
 
+    def _stored_values(self, tensor: PlannedTensor) -> Iterator[Tensor]:
+        """What a plain tensor stores, its rows in the checkpoint's order."""
+        kind = self.plan.types[tensor.gguf_name].type
+        in_order = replace(tensor, transform=replace(tensor.transform, heads=None, stacked=False))
+        for name in tensor.sources or (None,):
+            values = in_order.assemble([] if name is None else [self._reader.read(name)])
+            yield unpack_plain(pack_plain(values, kind), kind)
+
     def _ledger_entry(self, name: str, solved: Mapping[str, SolvedMatrix]) -> LedgerEntry:
         info = self._reader.info(name)
         fate, reason = self._fate(name, solved)
@@ -246,7 +252,7 @@ class GGUFTarget:
             return places[entry.name].read(entry.name)
 
         architecture = self.plan.file.architecture
-        name = self._reader.path.resolve().name
+        name = model_name(self._reader.path, self._reader.config)
         write_gguf(artifact.file, architecture, self._metadata(name), entries, packed)
         progress("assemble", len(entries), len(entries))
         recipe = yaml.safe_dump(self._recipe.model_dump(mode="json"), sort_keys=False)
@@ -356,21 +362,6 @@ def _num_elements(tensor: PlannedTensor) -> int:
     for size in tensor.shape:
         count *= size
     return count
-
-
-def _digest(planned: PlannedTensor, tensors: Sequence[GGMLTensor]) -> str:
-    """SHA-256 of a tensor's values in the file's order: what :class:`GGUFDecoder` must find."""
-    rows = replace(planned.transform, stacked=False)
-    if rows.heads is None and len(tensors) == 1:
-        return tensors[0].digest()
-    return _sha256([rows.apply([tensor.dequantize()]) for tensor in tensors])
-
-
-def _sha256(values: Sequence[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(value.float().cpu().contiguous().numpy().astype("<f4", copy=False).tobytes())
-    return digest.hexdigest()
 
 
 def _strings(value: object) -> list[str]:
