@@ -157,3 +157,36 @@ def test_pools_fill_the_memory_that_they_may_take():
         assert 950_000 < runner.store.num_bytes() <= 1_000_000 + fp8_scales
         by_name = {group.name: group for group in runner.groups}
         assert by_name["window-8"].num_pages < by_name["full"].num_pages
+
+
+@pytest.mark.parametrize("kind", ["auto", "fp8", "int8", "int4"])
+def test_kernels_and_graphs_say_what_the_cpu_says(kind):
+    """Of the graphs all but the capture: without a GPU the padded forward runs as it is."""
+    model = build_model(CONFIGS["gemma3"](head_dim=64, query_pre_attn_scalar=64)).half()
+    config = KVCacheConfig(kind, page_size=16, recent_window=6)
+    said = {}
+    for backend in ("cpu", "kernels"):
+        runner = Runner(model, config, PoolLimits(num_pages=40), backend=backend)
+        tokens, logits, _ = greedy(runner, PROMPTS[:3], NEW_TOKENS, page_size=16, chunk=32)
+        said[backend] = tokens, torch.stack([torch.stack(rows) for rows in logits])
+    assert set(runner.graphs.sizes) == {4, 1}  # the longest prompt is one token behind
+    errors = []
+    for index in range(3):
+        for token in range(NEW_TOKENS):
+            if said["cpu"][0][index][:token] == said["kernels"][0][index][:token]:
+                got, want = (said[b][1][index, token] for b in ("kernels", "cpu"))
+                errors.append(float((got - want).abs().mean()))
+    assert len(errors) > 2 * NEW_TOKENS
+    # Mean error of a row of logits, whose spread is 1.5; a page or a scale mistaken gives 0.3.
+    assert max(errors) < 0.1, errors
+
+
+def test_the_kernels_refuse_what_they_do_not_take():
+    limits, config = PoolLimits(num_pages=4), KVCacheConfig(page_size=16)
+    with pytest.raises(BadInputError, match="float32"):
+        Runner(build_model(CONFIGS["llama"]()), config, limits, backend="kernels")
+    with pytest.raises(BadInputError, match="heads of 8 channels"):
+        Runner(build_model(CONFIGS["llama"]()).bfloat16(), config, limits, backend="kernels")
+    mixture = build_model(CONFIGS["mixtral"](head_dim=64)).bfloat16()
+    runner = Runner(mixture, config, limits, backend="kernels")
+    assert runner.graphs is None and "experts" in runner.capture_refusal

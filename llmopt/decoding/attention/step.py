@@ -94,7 +94,7 @@ def plan_readings(
     """What the layers in one place read, chunk by chunk."""
     readings = []
     for chunk, rows in zip(chunks, chunk_rows(chunks), strict=True):
-        for start, end in _segments(chunk, place, config):
+        for start, end in segments(chunk, place, config):
             window = place.layer.window
             first = 0 if window is None else max(0, start + 1 - window)
             begin = rows.start + start - chunk.start
@@ -128,7 +128,7 @@ def filled_pages(chunk: ScheduledChunk, place: LayerPlace, page_size: int) -> li
     ]
 
 
-def _segments(
+def segments(
     chunk: ScheduledChunk, place: LayerPlace, config: KVCacheConfig
 ) -> Iterator[tuple[int, int]]:
     """Runs of positions that read the same tokens from int4; of other kinds there is one."""

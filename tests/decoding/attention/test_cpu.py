@@ -19,24 +19,29 @@ LENGTHS = [131, 17, 70]
 SCALES = HeadScales(k=(0.01, 0.02), v=(0.5, 0.004))
 
 
-def tensors(length, seed):
+def tensors(length, seed, channels=CHANNELS):
     """Random q, k and v; keys have a strong channel, values a strong token."""
     drawn = torch.Generator().manual_seed(seed)
-    q = torch.randn(HEADS, length, CHANNELS, generator=drawn)
-    k = torch.randn(KV_HEADS, length, CHANNELS, generator=drawn)
-    v = torch.randn(KV_HEADS, length, CHANNELS, generator=drawn)
+    q = torch.randn(HEADS, length, channels, generator=drawn)
+    k = torch.randn(KV_HEADS, length, channels, generator=drawn)
+    v = torch.randn(KV_HEADS, length, channels, generator=drawn)
     k[..., 3] += 4
     v[:, 5] *= 5
     return q, k, v
 
 
-def attend(config, problems, chunk, *, window=None, shuffled=False, **options):
+def attend(
+    config, problems, chunk, *, window=None, shuffled=False, attention=CpuAttention, scale=SCALE,
+    **options,
+):  # fmt: skip
     """Outputs of every sequence, chunk by chunk, all sequences in one step."""
-    layer = AttentionLayer(0, HEADS, KV_HEADS, CHANNELS, window)
+    q = problems[0][0]
+    layer = AttentionLayer(0, HEADS, KV_HEADS, q.shape[-1], window)
     places = place_layers([layer], config)
-    groups = page_groups(places, config, torch.float32, PoolLimits(num_pages=20))
-    store = KVStore(places, groups, config, torch.float32)
-    poison(store)
+    groups = page_groups(places, config, q.dtype, PoolLimits(num_pages=20))
+    store = KVStore(places, groups, config, q.dtype)
+    if attention is CpuAttention:
+        poison(store)  # the kernels' references read what they mask
     book = Book(groups, config.page_size, shuffled)
     sequences = [
         Sequence(Request(str(i), (1,), 1), i, i, token_ids=[1] * q.shape[1])
@@ -51,8 +56,8 @@ def attend(config, problems, chunk, *, window=None, shuffled=False, **options):
             chunks.append(ScheduledChunk(s, start, count, tables))
             parts.append([x[:, start : start + count] for x in problems[s.sequence_id]])
         q, k, v = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-        call = Call(0, q, k, v, SCALE, options.get("softcap"), options.get("sinks"), window)
-        out = CpuAttention(store, ScheduledStep(tuple(chunks), ()))(call)
+        call = Call(0, q, k, v, scale, options.get("softcap"), options.get("sinks"), window)
+        out = attention(store, ScheduledStep(tuple(chunks), ()))(call)
         for c in chunks:
             outs[c.sequence.sequence_id].append(out[: c.num_tokens])
             out = out[c.num_tokens :]
