@@ -26,7 +26,7 @@ from torch import Tensor
 from llmopt_kernels.attention_decode_config import DecodeConfig, shipped_config
 from llmopt_kernels.attention_merge import MAX_SPLITS, choose_num_splits, launch_merge
 from llmopt_kernels.decode_problem import CachedTokens, DecodeProblem, check_problem
-from llmopt_kernels.launching import check_launchable, launch, runs_kernel
+from llmopt_kernels.launching import architecture, check_launchable, launch, runs_kernel
 from llmopt_kernels.paged_kv import Kind, PagedKV, gather
 from llmopt_kernels.paged_kv_tile import (
     find_pages,
@@ -455,7 +455,8 @@ def _launch_store(
     cache = store.cache
     block_m = _block_m(p)
     num_row_blocks = triton.cdiv(p.num_queries * p.group, block_m)
-    config = config or shipped_config(cache.kind, cache.head_dim, cache.page_size, block_m)
+    chip = architecture(p.q.device)
+    config = config or shipped_config(cache.kind, cache.head_dim, cache.page_size, block_m, chip)
     width_0, block_0, block_1 = _column_ranges(cache.kind, cache.head_dim)
     launch(
         _decode_kernel,

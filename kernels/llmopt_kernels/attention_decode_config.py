@@ -34,9 +34,13 @@ _SHIPPED: dict[Kind, dict[int, tuple[int, int, int]]] = {
 }
 
 
-def shipped_config(kind: Kind, head_dim: int, page_size: int, block_m: int) -> DecodeConfig:
-    """The configuration for a kind of cache, by shape alone."""
-    if block_m == 16:
+def shipped_config(
+    kind: Kind, head_dim: int, page_size: int, block_m: int, chip: int | str
+) -> DecodeConfig:
+    """The configuration for a kind of cache, by shape and by the chip's ``architecture``."""
+    if isinstance(chip, str):  # 64 KiB of shared memory, 256 registers a thread
+        block_n, num_warps, num_stages = 32, 4, 2
+    elif block_m == 16:
         block_n, num_warps, num_stages = _SHIPPED[kind].get(head_dim, (64, 4, 3))
     elif kind == "16-bit" and head_dim <= 128:
         block_n, num_warps, num_stages = 64, 8, 3

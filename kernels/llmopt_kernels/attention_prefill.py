@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llmopt_kernels.decode_problem import CachedTokens
-from llmopt_kernels.launching import check_launchable, launch, runs_kernel
+from llmopt_kernels.launching import architecture, check_launchable, launch, runs_kernel
 from llmopt_kernels.paged_kv import Kind, PagedKV, gather
 from llmopt_kernels.paged_kv_tile import (
     find_pages,
@@ -450,7 +450,7 @@ def shipped_config(
     head_dim: int,
     max_seqlen_q: int,
     kind: Kind,
-    architecture: int | str,
+    chip: int | str,
     window: int | None = None,
 ) -> PrefillConfig:
     """The largest tiles whose registers do not spill.
@@ -459,14 +459,14 @@ def shipped_config(
         head_dim: channels.
         max_seqlen_q: queries of the longest sequence.
         kind: of the cache; of packed keys 16-bit.
-        architecture: compute capability times ten, or the name of an AMD one.
+        chip: its ``architecture``.
         window: keys that a query sees.
     """
     block_m, num_warps = (64, 4) if max_seqlen_q <= 64 else (128, 8)
     plain, narrow = kind == "16-bit", head_dim <= 128
-    if isinstance(architecture, str):
+    if isinstance(chip, str):
         return PrefillConfig(block_m, 64 if narrow and plain else 32, 4, 1)
-    if 90 <= architecture < 120:
+    if 90 <= chip < 120:
         if not narrow:
             return PrefillConfig(block_m, 64 if plain else 32, 8, 2)
         if plain and window is None:
@@ -480,7 +480,7 @@ def shipped_config(
     if head_dim == 192:
         return PrefillConfig(64, 32, 4, 2) if plain else PrefillConfig(128, 16, 8, 2)
     block_n = 64 if plain else 32
-    if architecture not in (80, 87) and kind in ("16-bit", "int4"):
+    if chip not in (80, 87) and kind in ("16-bit", "int4"):
         block_n //= 2
     return PrefillConfig(64, block_n, 8, 2)
 
@@ -524,7 +524,7 @@ def launch_attention_prefill(
     else:
         cache, table, lengths = p.kv.cache, p.kv.block_table, p.kv.lengths
         mean_length = table.shape[1] * cache.page_size
-    config = config or shipped_config(head_dim, longest, p.kind, _architecture(p.q.device), window)
+    config = config or shipped_config(head_dim, longest, p.kind, architecture(p.q.device), window)
     width = head_dim // 2 if p.kind == "int4" else min(128, 2 ** (head_dim.bit_length() - 1))
     factor, cap = p.factor * LOG2_E, None
     if p.softcap is not None:
@@ -582,14 +582,3 @@ def _kv_heads_at_once(cache: PagedKV, length: int) -> int:
     fitting = max(1, L2_BYTES // max(1, head_bytes))
     heads = cache.num_kv_heads
     return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= fitting)
-
-
-def _architecture(device: torch.device) -> int | str:
-    """Compute capability times ten, or the name of an AMD architecture."""
-    if device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
-    if device.type == "cpu":  # in the interpreter any will do
-        return 80
-    architecture: int | str = triton.runtime.driver.active.get_current_target().arch
-    return architecture

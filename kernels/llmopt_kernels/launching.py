@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmopt_kernels.triton_or_stub import triton
+
 Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
 
 _compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
@@ -37,6 +39,21 @@ def launch(kernel: Any, grid: Grid, *arguments: object, **options: object) -> No
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **options)
+
+
+def architecture(device: torch.device) -> int | str:
+    """What a launch on ``device`` is compiled for.
+
+    Returns:
+        Compute capability times ten, or the name of an AMD architecture.
+    """
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    if device.type == "cpu":  # in the interpreter any will do
+        return 80
+    name: int | str = triton.runtime.driver.active.get_current_target().arch
+    return name
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from llmopt_kernels.launching import architecture
+
 
 class Draw:
     """Draws from one seed, in turn."""
@@ -35,6 +37,11 @@ class Draw:
     def permutation(self, count: int) -> Tensor:
         """Of ``0 .. count - 1``, int32."""
         return torch.randperm(count, generator=self._generator, device=self.device).int()
+
+
+def chip_here() -> int | str:
+    """The ``architecture`` of the GPU here; of an H200 where there is none."""
+    return architecture(torch.device("cuda")) if torch.cuda.is_available() else 90
 
 
 Inputs = SimpleNamespace

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.benchmark import Benchmark, Make, Prepared, Scale, Tunable
 from benchmarks.goals import DECODE_CASES, SDPA_CUDNN, SDPA_EFFICIENT, SDPA_FLASH
 from benchmarks.peers import SDPA_MATH, flex, sdpa
-from benchmarks.suite._inputs import Draw, Inputs
+from benchmarks.suite._inputs import Draw, Inputs, chip_here
 from llmopt_kernels.attention_decode import (
     attention_decode,
     attention_decode_reference,
@@ -125,7 +125,7 @@ def benchmarks(scale: Scale) -> Iterator[Benchmark]:
             peers=_peers(case),
             tunable=Tunable(
                 list(candidate_configs(case.kind, case.head_dim, case.page_size, case.block_m)),
-                shipped_config(case.kind, case.head_dim, case.page_size, case.block_m),
+                shipped_config(case.kind, case.head_dim, case.page_size, case.block_m, chip_here()),
                 _with_config,
             ),
             priority=0 if case.name in DECODE_CASES.values() else 1,

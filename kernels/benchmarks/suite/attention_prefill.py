@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.benchmark import Benchmark, Make, Prepared, Scale, Tunable
 from benchmarks.goals import PREFILL, SDPA_CUDNN, SDPA_EFFICIENT, SDPA_FLASH
 from benchmarks.peers import SDPA_MATH, flex, sdpa
-from benchmarks.suite._inputs import Draw, Inputs
+from benchmarks.suite._inputs import Draw, Inputs, chip_here
 from llmopt_kernels.attention_prefill import (
     PrefillConfig,
     attention_prefill,
@@ -120,21 +120,13 @@ def benchmarks(scale: Scale) -> Iterator[Benchmark]:
             tunable=Tunable(
                 candidate_configs(case.head_dim),
                 shipped_config(
-                    case.head_dim, max(case.lengths), case.kind, _architecture(), case.window
+                    case.head_dim, max(case.lengths), case.kind, chip_here(), case.window
                 ),
                 partial(_with_config, case),
             ),
             priority=0 if case.name == PREFILL[1] else 1,
             estimated_s=18.0 if FLEX in case.peers else 4.0,
         )
-
-
-def _architecture() -> int:
-    """Of the GPU here; of an H200 where there is none."""
-    if not torch.cuda.is_available():
-        return 90
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def _build(case: Case, device: torch.device, seed: int) -> Inputs:
