@@ -10,6 +10,7 @@ from torch import Tensor
 from llmopt.decoding.attention.cpu import CpuAttention
 from llmopt.decoding.attention.hook import Attends, attending, configs_of, find_layers
 from llmopt.decoding.attention.kernels import KernelAttention, plan_step
+from llmopt.decoding.attention.reading import Scratch
 from llmopt.decoding.decode_graph import DecodeGraphs, refusal
 from llmopt.decoding.kv.layers import AttentionLayer
 from llmopt.decoding.kv.layout import PoolLimits, page_groups, place_layers
@@ -81,6 +82,7 @@ class Runner:
             )
         self.store = KVStore(places, self.groups, config, dtype, self._device)
         self._configs = configs_of(model)
+        self._scratch = Scratch()
         self.graphs: DecodeGraphs | None = None
         self.capture_refusal = refusal(model) if self._by_kernels and capture else None
         if self._by_kernels and capture and self.capture_refusal is None:
@@ -115,8 +117,10 @@ class Runner:
             positions.extend(range(chunk.start, chunk.start + chunk.num_tokens))
             if chunk.samples:
                 rows.append(len(token_ids) - 1)
-        attends: Attends = CpuAttention(self.store, step)
-        if self._by_kernels:
+        attends: Attends
+        if not self._by_kernels:
+            attends = CpuAttention(self.store, step, self._scratch)
+        else:
             plans = plan_step(step.chunks, self.store).items()
             attends = KernelAttention(self.store, {k: plan.to(self._device) for k, plan in plans})
         kept = self._row(rows)[0] if len(rows) < len(token_ids) else None

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmopt.decoding.attention.hook import Call
-from llmopt.decoding.attention.step import Reading, Span, filled_pages, plan_readings, slots_of
-from llmopt.decoding.kv.codes import decode_fp8, decode_int4, decode_int8
+from llmopt.decoding.attention.reading import Scratch, read
+from llmopt.decoding.attention.step import Reading, filled_pages, plan_readings, slots_of
 from llmopt.decoding.kv.layout import LayerPlace
-from llmopt.decoding.kv.store import KVStore, LayerPools, Pool
+from llmopt.decoding.kv.store import KVStore, LayerPools
 from llmopt.decoding.scheduler import ScheduledStep
 
 _Plan = tuple[Tensor, tuple[Reading, ...], Tensor | None]
@@ -27,13 +27,15 @@ class CpuAttention:
     Args:
         store: the pools.
         step: whose tokens the forward packs.
+        scratch: of earlier steps.
     """
 
-    def __init__(self, store: KVStore, step: ScheduledStep) -> None:
+    def __init__(self, store: KVStore, step: ScheduledStep, scratch: Scratch | None = None) -> None:
         self._store = store
         self._step = step
+        self._scratch = Scratch() if scratch is None else scratch
         self._plans: dict[tuple[str, str | None, int | None], _Plan] = {}
-        self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
+        self._masks: dict[tuple[object, ...], Tensor] = {}
 
     def __call__(self, call: Call) -> Tensor:
         """Write the new tokens, then attend: ``(tokens, heads, head_dim)``."""
@@ -69,26 +71,27 @@ class CpuAttention:
 
     def _attend(self, call: Call, layer: LayerPools, reading: Reading) -> Tensor:
         q = call.q[:, reading.rows]
-        k, v = read(layer, reading, q.dtype)
+        k, v = read(layer, reading, q.dtype, self._scratch)
         if call.softcap is not None or call.sinks is not None:
-            return attend_plainly(call, q, k, v, None if reading.sees_all else reading.visible())
+            visible = None if reading.sees_all else reading.visible()
+            return attend_plainly(call, q, k, v, visible)
         kv_heads = k.shape[0]
         heads, queries, head_dim = q.shape
+        grouped = q.to(k.dtype).view(kv_heads, -1, queries, head_dim)
         if reading.sees_all:
-            folded = q.reshape(1, kv_heads, heads // kv_heads, head_dim)
+            folded = grouped.view(1, kv_heads, -1, head_dim)
             out = scaled_dot_product_attention(folded, k[None], v[None], scale=call.scale)
-            return out.reshape(1, heads, head_dim)
-        grouped = q.view(kv_heads, -1, queries, head_dim)
+            return out.to(q.dtype).reshape(1, heads, head_dim)
         shape = kv_heads, heads // kv_heads, k.shape[1], head_dim
         k, v = k[:, None].expand(shape), v[:, None].expand(shape)
-        mask = None if reading.is_square else self._mask(reading, q.dtype)
+        mask = None if reading.is_square else self._mask(reading, k.dtype)
         out = scaled_dot_product_attention(
             grouped, k, v, attn_mask=mask, is_causal=mask is None, scale=call.scale
         )
-        return out.flatten(0, 1).transpose(0, 1)
+        return out.to(q.dtype).flatten(0, 1).transpose(0, 1)
 
     def _mask(self, reading: Reading, dtype: torch.dtype) -> Tensor:
-        key = reading.start, reading.num_queries, reading.first, reading.window
+        key = reading.start, reading.num_queries, reading.first, reading.window, dtype
         mask = self._masks.get(key)
         if mask is None:
             visible = reading.visible()
@@ -112,7 +115,7 @@ def attend_plainly(call: Call, q: Tensor, k: Tensor, v: Tensor, visible: Tensor 
     """
     heads, queries, head_dim = q.shape
     kv_heads = k.shape[0]
-    folded = q.reshape(kv_heads, -1, head_dim)
+    folded = q.to(k.dtype).reshape(kv_heads, -1, head_dim)
     scores = (folded @ k.transpose(1, 2)).float().view(heads, queries, -1) * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
@@ -124,62 +127,4 @@ def attend_plainly(call: Call, q: Tensor, k: Tensor, v: Tensor, visible: Tensor 
         sinks = call.sinks.float()[:, None, None].expand(heads, queries, 1)
         weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
     out = weights.to(v.dtype).reshape(kv_heads, -1, k.shape[1]) @ v
-    return out.view(heads, queries, head_dim).transpose(0, 1)
-
-
-def read(layer: LayerPools, reading: Reading, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values that are read, in ``dtype``: twice ``(kv_heads, tokens, head_dim)``."""
-    parts = [
-        _read_span(layer.pool if not span.recent else layer.written, span, dtype)
-        for span in reading.spans
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([k for k, _ in parts], 1), torch.cat([v for _, v in parts], 1)
-
-
-def _read_span(pool: Pool, span: Span, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if pool.kind == "int4":
-        return _read_int4(pool, span, dtype)
-    k, v = _tokens(pool.k, span, pool), _tokens(pool.v, span, pool)
-    if pool.kind == "16-bit":
-        return k.to(dtype), v.to(dtype)
-    k_scale, v_scale = pool.pages.k_scale, pool.pages.v_scale
-    assert k_scale is not None and v_scale is not None
-    if pool.kind == "fp8":
-        return decode_fp8(k, k_scale[:, None], dtype), decode_fp8(v, v_scale[:, None], dtype)
-    k_scale, v_scale = (
-        _tokens(scale.view(-1, scale.shape[-1]).T[..., None], span, pool)[..., 0]
-        for scale in (k_scale, v_scale)
-    )
-    return decode_int8(k, k_scale, dtype), decode_int8(v, v_scale, dtype)
-
-
-def _tokens(by_token: Tensor, span: Span, pool: Pool) -> Tensor:
-    """A span of ``(kv_heads, pool tokens, channels)``: a view where its pages are consecutive."""
-    if span.pages is None:
-        return by_token[:, span.begin : span.begin + span.length]
-    pages = by_token.view(len(by_token), -1, pool.pages.page_size, by_token.shape[-1])[
-        :, span.pages
-    ]
-    return pages.flatten(1, 2)[:, span.offset : span.offset + span.length]
-
-
-def _read_int4(pool: Pool, span: Span, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    page_size = pool.pages.page_size
-    at: slice | Tensor
-    if span.pages is None:
-        first, offset = divmod(span.begin, page_size)
-        at = slice(first, -(-(span.begin + span.length) // page_size))
-    else:
-        at, offset = span.pages, span.offset
-    p = pool.pages
-    assert p.k_scale is not None and p.k_min is not None
-    assert p.v_scale is not None and p.v_min is not None
-    k = decode_int4(p.k[at], p.k_scale[at][:, None], p.k_min[at][:, None], dtype)
-    v = decode_int4(p.v[at], p.v_scale[at][..., None], p.v_min[at][..., None], dtype)
-    tokens = slice(offset, offset + span.length)
-    return (
-        k.permute(2, 0, 1, 3).flatten(1, 2)[:, tokens],
-        v.permute(2, 0, 1, 3).flatten(1, 2)[:, tokens],
-    )
+    return out.to(q.dtype).view(heads, queries, head_dim).transpose(0, 1)

@@ -47,7 +47,7 @@ def test_fp8():
 
 def test_every_fp8_code_is_decoded_as_torch_does():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    back = decode_fp8(codes[None], torch.full((1, 1), 2.0), torch.float32)[0, 0]
+    back = decode_fp8(codes[None, None], torch.full((1, 1), 2.0), torch.float32)[0, 0]
     torch.testing.assert_close(back, codes.float() * 2, rtol=0, atol=0, equal_nan=True)
 
 
