@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmopt.checkpoint.materialise import initialise_buffers
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.structure import ModelStructure, read_structure
+from llmopt.checkpoint.tensor_names import ConfiguredSource
 from llmopt.errors import BadInputError
 from llmopt.formats.dequantized import DequantizedSource
 from llmopt.quantized_linear import QuantizedLinear
@@ -44,22 +45,56 @@ def load(
     Raises:
         BadInputError: not such a checkpoint, a damaged one, or a dtype that is not served.
     """
+    directory = Path(directory)
+    source = DequantizedSource(open_checkpoint(directory))
+    return _build(source, frozenset(source.quantized_modules), directory, device, dtype)
+
+
+def load_dense(
+    directory: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Load a checkpoint that is not quantized, as :func:`load` loads one that is.
+
+    A tensor that is missing or of another shape is an error, where transformers would draw one at
+    random and say so in a log.
+
+    Args:
+        directory: of a Hugging Face checkpoint.
+        device: where the model lives.
+        dtype: of its weights; ``None`` is the checkpoint's own.
+
+    Raises:
+        BadInputError: not such a checkpoint, a damaged one, or a dtype that is not served.
+    """
+    directory = Path(directory)
+    return _build(open_checkpoint(directory), frozenset(), directory, device, dtype)
+
+
+def _build(
+    source: ConfiguredSource,
+    quantized: frozenset[str],
+    directory: Path,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> PreTrainedModel:
+    """The model of ``source``, linear layers of the modules in ``quantized`` packed."""
     if dtype is not None and dtype not in DTYPES:
         raise BadInputError(
             f"dtype {dtype} is not served", f"use one of {', '.join(map(str, DTYPES))}"
         )
-    directory = Path(directory)
-    source = DequantizedSource(open_checkpoint(directory))
     structure = read_structure(source)
     model = structure.skeleton
     dtype = dtype or _own_dtype(structure, source)
     initialise_buffers(model, model, device)
-    quantized = frozenset(source.quantized_modules)
     for name, module in list(model.named_modules()):
         disk_name = structure.disk_names.get(f"{name}.weight", "").removesuffix(".weight")
         if isinstance(module, nn.Linear) and disk_name in quantized:
             bias_name = structure.disk_names.get(f"{name}.bias")
             bias = None if bias_name is None else source.read(bias_name)
+            assert isinstance(source, DequantizedSource)
             tensor = source.read_quantized(disk_name)
             model.set_submodule(name, QuantizedLinear(tensor, bias, dtype, device))
     for name, disk_name in structure.disk_names.items():
@@ -74,7 +109,7 @@ def load(
     return model
 
 
-def _own_dtype(structure: ModelStructure, source: DequantizedSource) -> torch.dtype:
+def _own_dtype(structure: ModelStructure, source: ConfiguredSource) -> torch.dtype:
     return source.info(structure.embed_disk_name).dtype
 
 
