@@ -80,7 +80,7 @@ def _decode(pool: Pool, span: Span, k: Tensor, v: Tensor, scratch: Scratch) -> N
         if pool.kind == "16-bit" or scale is None:
             out.copy_(x)
         elif pool.kind == "fp8":
-            out.copy_(fp8_to_half(x))
+            out.copy_(fp8_to_half(x, scratch.take("bits", tuple(x.shape), torch.int16)))
             out.mul_(scale[:, None, None] * 256)
         else:
             out.copy_(x)
