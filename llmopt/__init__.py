@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from llmopt import decoding as decoding
     from llmopt.errors import LlmoptError as LlmoptError
     from llmopt.evaluation import evaluate as evaluate
     from llmopt.loading import load as load
@@ -29,6 +30,8 @@ __all__ = ["LlmoptError", "Recipe", "Result", "__version__", "evaluate", "load",
 
 def __getattr__(name: str) -> object:
     """Import the public names on first use, so that ``import llmopt`` costs nothing."""
+    if name == "decoding":
+        return importlib.import_module("llmopt.decoding")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'llmopt' has no attribute {name!r}")

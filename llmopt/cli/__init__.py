@@ -6,7 +6,19 @@ import sys
 
 import typer
 
-from llmopt.cli import bench, convert, demo, eval, imatrix, inspect, quantize, recipes, serve
+from llmopt.cli import (
+    bench,
+    chat,
+    convert,
+    demo,
+    eval,
+    generate,
+    imatrix,
+    inspect,
+    quantize,
+    recipes,
+    serve,
+)
 from llmopt.cli.console import errors
 from llmopt.errors import AlreadyConcludedError, ExitCode, LlmoptError
 from llmopt_evals.errors import EvaluationError
@@ -26,6 +38,8 @@ for command in (
     inspect.inspect,
     imatrix.imatrix,
     recipes.recipes,
+    generate.generate,
+    chat.chat,
     demo.demo,
 ):
     app.command(name="eval" if command is eval.evaluate else None)(command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from collections.abc import Sequence as AnySequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -140,7 +140,7 @@ class Engine:
             self._abandon(requests)
         return in_order(inbox.take(), requests)
 
-    def iterate(self, prompt: Prompt, **options: Any) -> Iterator[Delta]:
+    def iterate(self, prompt: Prompt, **options: Any) -> Generator[Delta, None, None]:
         """Answer one prompt, step by step; closing the iterator cancels what is left."""
         inbox = Collected()
         requests = self._enter([prompt], parse_options(options), inbox)
@@ -151,7 +151,7 @@ class Engine:
         finally:
             self._abandon(requests)
 
-    async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Delta]:
+    async def stream(self, prompt: Prompt, **options: Any) -> AsyncGenerator[Delta, None]:
         """Answer one prompt while the event loop goes on; closing the iterator cancels.
 
         Any number of streams are answered together, by a thread that lives as long as there are

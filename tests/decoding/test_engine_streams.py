@@ -63,7 +63,7 @@ def test_closing_a_stream_cancels_it_and_the_others_go_on(engine: Engine) -> Non
         leaving = engine.stream(PROMPTS[0], max_new_tokens=200, ignore_eos=True)
         async for _ in leaving:
             break
-        await leaving.aclose()  # type: ignore[attr-defined]
+        await leaving.aclose()
         return await other
 
     text = asyncio.run(run())
