@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from llmopt.agreement import Agreement
 from llmopt.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmopt.checkpoint.scan import combined_digest, tensor_digest
 from llmopt.checkpoint.structure import ModelStructure, read_structure
-from llmopt.contract import check_consumer
+from llmopt.contract import check_consumer, unknown_consumer
 from llmopt.errors import BadInputError, ContractError, Outcome
 from llmopt.formats import choose_format
 from llmopt.formats.base import Format
@@ -96,6 +97,7 @@ def plan_conversion(
             format already.
     """
     form = choose_format(to, checkpoint_format)
+    _refuse_readers_of_others(form, consumers)
     reader = open_checkpoint(Path(directory))
     gated = _read_verdict(reader.path)
     source = DequantizedSource(reader)
@@ -115,6 +117,7 @@ def plan_conversion(
                 "llmopt converts models whose head and embeddings are in 16 bit",
             )
         found[module] = _look_at(source.read_quantized(module))
+    progress("read codes", len(found), len(found))
     schemes = _output_schemes(found)
     _refuse_inexact(form, found, schemes)
     assigned = {name: schemes.get(module) for module, name in linears.items()}
@@ -136,12 +139,14 @@ def plan_conversion(
     for done, (module, scheme) in enumerate(schemes.items()):
         progress("hash codes", done, len(schemes))
         codes[module] = in_scheme(source.read_quantized(module), scheme).digest()
+    progress("hash codes", len(codes), len(codes))
     packed = {f"{module}.weight" for module in schemes}
     rest = [name for name in source.names if name not in packed]
     copied: dict[str, str] = {}
     for done, name in enumerate(rest):
         progress("hash the rest", done, len(rest))
         copied[name] = tensor_digest(reader.read(name))
+    progress("hash the rest", len(copied), len(copied))
     return Conversion(
         reader, source, structure, form, schemes, assigned, codes, copied, held, gated
     )
@@ -237,12 +242,30 @@ def _hold_to_consumers(
 ) -> tuple[Consumer, ...]:
     names = consumers or [n for n, c in load_consumers().items() if form.name in c.formats]
     held = [check(name) for name in names]
-    lines = [f"{consumer.name}: {why}" for consumer in held for why in consumer.refusals]
+    lines = Agreement((), tuple(held)).refusals
     opens = tuple(consumer for consumer in held if not consumer.refusals)
     if not opens or (consumers and lines):
-        more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
-        raise ContractError(
-            f"as {form.name} it would be refused by\n  " + "\n  ".join(lines[:8]) + more,
-            "choose another format, or other consumers",
-        )
+        raise _refused_by(form, lines)
     return opens
+
+
+def _refuse_readers_of_others(form: Format, consumers: Sequence[str]) -> None:
+    """Refuse consumers that nobody knows or that do not open the format, before all else."""
+    known = load_consumers()
+    if unknown := next((name for name in consumers if name not in known), None):
+        raise unknown_consumer(unknown)
+    lines = [
+        f"{name} {known[name].version}: it does not open {form.name}: {why}"
+        for name in consumers
+        if (why := known[name].lacks.get(form.name))
+    ]
+    if lines:
+        raise _refused_by(form, lines)
+
+
+def _refused_by(form: Format, lines: Sequence[str]) -> ContractError:
+    more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
+    return ContractError(
+        f"as {form.name} it would be refused by\n  " + "\n  ".join(lines[:8]) + more,
+        "choose another format, or other consumers",
+    )

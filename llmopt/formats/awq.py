@@ -19,7 +19,14 @@ from llmopt.errors import BadInputError
 from llmopt.formats.bitstream import pack_rows, unpack_rows
 from llmopt.formats.config_values import read_names, read_truth, read_whole
 from llmopt.formats.layer_names import check_layers
-from llmopt.formats.parts import SCALES, WORDS, check_midpoint, check_scales, read_part
+from llmopt.formats.parts import (
+    SCALES,
+    WORDS,
+    check_midpoint,
+    check_scales,
+    count_groups,
+    read_part,
+)
 from llmopt.quantization.quantized_tensor import QuantizedTensor
 from llmopt.quantization.scheme import Scheme
 from llmopt.quantization.storage import stored_bits_per_weight
@@ -92,7 +99,7 @@ class AWQ:
             BadInputError: parts that are missing, or do not fit each other or ``scheme``.
         """
         rows, columns = self.weight_shape(module, read, scheme)
-        groups = columns // scheme.columns_per_group(columns)
+        groups = count_groups(module, scheme, columns)
         packed = read_part(module, "qweight", read, WORDS, (columns, None))
         scales = read_part(module, "scales", read, SCALES, (groups, rows))
         qzeros = read_part(module, "qzeros", read, WORDS, (groups, rows // _WORD_CODES))

@@ -28,6 +28,7 @@ from llmopt.formats.parts import (
     WORDS,
     check_group_index,
     check_scales,
+    count_groups,
     read_part,
 )
 from llmopt.quantization.quantized_tensor import QuantizedTensor
@@ -93,7 +94,7 @@ class CompressedTensors:
                 ``scheme`` gives them; a group index out of range.
         """
         rows, columns = self.weight_shape(module, read, scheme)
-        groups = columns // scheme.columns_per_group(columns)
+        groups = count_groups(module, scheme, columns)
         words = _words(columns, scheme.bits)
         packed = read_part(module, "weight_packed", read, WORDS, (rows, words))
         scales = read_part(module, "weight_scale", read, SCALES, (rows, groups))

@@ -32,7 +32,7 @@ class DequantizedSource:
 
     Raises:
         BadInputError: if it has none, or one that no format reads; a packed weight without its
-            codes.
+            codes, or beside the same weight in 16 bit.
     """
 
     def __init__(self, reader: CheckpointReader) -> None:
@@ -60,6 +60,13 @@ class DequantizedSource:
                 raise BadInputError(
                     f"{reader.path} holds {name}, but not the codes that it belongs to",
                     "download the checkpoint again, completely",
+                )
+        for name in reader.names:
+            if name in self._modules:
+                raise BadInputError(
+                    f"{reader.path} holds {name} twice: as it is, and packed in "
+                    f"{self._modules[name][1]}; readers disagree about which is the weight",
+                    "remove the one that its maker did not mean, or take the checkpoint again",
                 )
         names = (
             f"{parts[name][0]}.weight" if name in parts else name
@@ -111,6 +118,6 @@ class DequantizedSource:
         if scheme is None:
             raise BadInputError(
                 f"{module} is packed, but quantization_config gives it no scheme",
-                "the config.json belongs to another checkpoint",
+                "take the config.json that belongs to this checkpoint",
             )
         return scheme

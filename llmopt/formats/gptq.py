@@ -38,6 +38,7 @@ from llmopt.formats.parts import (
     check_group_index,
     check_midpoint,
     check_scales,
+    count_groups,
     read_part,
     trivial_groups,
 )
@@ -134,15 +135,15 @@ class GPTQ:
                 config denies.
         """
         rows, columns = self.weight_shape(module, read, scheme)
-        per_group = scheme.columns_per_group(columns)
-        groups, zero_words = columns // per_group, rows * scheme.bits // _WORD_BITS
+        groups = count_groups(module, scheme, columns)
+        zero_words = rows * scheme.bits // _WORD_BITS
         packed = read_part(module, "qweight", read, WORDS, (None, rows))
         scales = read_part(module, "scales", read, SCALES, (groups, rows))
         qzeros = read_part(module, "qzeros", read, WORDS, (groups, zero_words))
         index = read_part(module, "g_idx", read, INDICES, (columns,))
         index = check_group_index(module, "g_idx", index, groups)
         if scheme.activation_order != "group" and not torch.equal(
-            index, trivial_groups(columns, per_group)
+            index, trivial_groups(columns, columns // groups)
         ):
             raise BadInputError(
                 f"{module}.g_idx puts groups in activation order, but the config says desc_act "

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from llmopt.errors import BadInputError
+from llmopt.quantization.scheme import Scheme
 
 WORDS = (torch.int32,)
 INDICES = (torch.int32, torch.int64)
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
-_NOT_ITS_OWN = "the checkpoint is damaged or its quantization_config is not its own"
+_NOT_ITS_OWN = (
+    "correct its quantization_config where that is another checkpoint's, or download it again"
+)
 
 
 def read_part(
@@ -53,6 +56,20 @@ def read_part(
             f"{name} has shape {tuple(tensor.shape)}, expected {words}", _NOT_ITS_OWN
         )
     return tensor
+
+
+def count_groups(module: str, scheme: Scheme, columns: int) -> int:
+    """Groups in a row of a stored weight of ``columns`` input features.
+
+    Raises:
+        BadInputError: if there are none, or the config's group size does not divide them.
+    """
+    if columns < 1:
+        raise BadInputError(f"{module} has {columns} input features", _NOT_ITS_OWN)
+    try:
+        return columns // scheme.columns_per_group(columns)
+    except BadInputError as error:
+        raise BadInputError(f"{module}: {error.what}", _NOT_ITS_OWN) from error
 
 
 def check_scales(module: str, scales: Tensor) -> None:

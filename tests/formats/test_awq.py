@@ -80,7 +80,7 @@ def test_what_it_cannot_hold_is_refused(scheme, shape, message):
     ("part", "spoil", "message"),
     [
         ("qweight", lambda t: t[:64], r"scales has shape \(3, 24\), expected \(2, 24\)"),
-        ("qweight", lambda t: t[:90], "group size 32 does not divide 90"),
+        ("qweight", lambda t: t[:90], "m: group size 32 does not divide 90"),
         ("qweight", lambda t: t[:, :2], "scales has shape"),
         ("qweight", lambda t: t.short(), "qweight is int16"),
         ("qzeros", lambda t: t[:, :2], "qzeros has shape"),

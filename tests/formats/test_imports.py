@@ -17,6 +17,7 @@ from llmopt.errors import BadInputError
 from llmopt.formats import FORMATS
 from llmopt.formats.config_file import quantization_config
 from llmopt.formats.dequantized import DequantizedSource
+from llmopt.formats.parts import count_groups
 from llmopt.inspection import inspect_path
 from llmopt.loading import load
 from llmopt.quantization.scheme import Scheme
@@ -118,6 +119,34 @@ def test_a_missing_part_is_named(part, tmp_path):
     rewrite_tensors(tmp_path, lambda tensors: tensors.pop(f"{UP}.{part}"))
     with pytest.raises(BadInputError, match=f"{UP}.{part} is missing|not the codes"):
         DequantizedSource(open_checkpoint(tmp_path)).read_quantized(UP)
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "awq"])
+def test_groups_that_do_not_divide_a_layer_name_it_and_the_config(name, tmp_path):
+    written = write_quantized(tmp_path, FORMATS[name], lambda _: ASYMMETRIC)
+    if name == "compressed-tensors":
+        section = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+        section["config_groups"]["group_0"]["weights"]["group_size"] = 48
+        rewrite_config(tmp_path, quantization_config=section)
+    else:
+        edit_section(tmp_path, group_size=48)
+    assert written[UP].shape[1] == 64
+    with pytest.raises(BadInputError, match=f"{UP}: group size 48 does not divide 64") as caught:
+        DequantizedSource(open_checkpoint(tmp_path)).read_quantized(UP)
+    assert "quantization_config" in caught.value.remedy
+
+
+def test_a_layer_without_inputs_is_refused():
+    with pytest.raises(BadInputError, match="m has 0 input features"):
+        count_groups("m", Scheme(4, None), 0)
+
+
+def test_a_weight_that_is_there_twice_is_refused(tmp_path):
+    written = write_quantized(tmp_path, FORMATS["gptq"], lambda _: ASYMMETRIC)
+    dense = written[UP].dequantize().half()
+    rewrite_tensors(tmp_path, lambda tensors: tensors.update({f"{UP}.weight": dense}))
+    with pytest.raises(BadInputError, match=f"{UP}.weight twice"):
+        DequantizedSource(open_checkpoint(tmp_path))
 
 
 def test_a_symmetric_claim_that_the_zero_points_deny_is_refused(tmp_path):
