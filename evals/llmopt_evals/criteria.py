@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -27,6 +27,8 @@ Metric = Literal[
     "top1_agreement",
     "cloze_accuracy_drop",
     "task_accuracy_drop",
+    "kv_mean_kl",
+    "kv_recall_drop",
 ]
 
 BETTER: dict[Metric, Direction] = {
@@ -36,6 +38,8 @@ BETTER: dict[Metric, Direction] = {
     "top1_agreement": "higher",
     "cloze_accuracy_drop": "lower",
     "task_accuracy_drop": "lower",
+    "kv_mean_kl": "lower",
+    "kv_recall_drop": "lower",
 }
 """Which way each metric is better."""
 
@@ -144,14 +148,34 @@ def default_criteria(bits: int) -> Criteria:
     Raises:
         EvaluationError: there are none for this width.
     """
-    text = resources.files("llmopt_evals").joinpath("margins.yaml").read_text(encoding="utf-8")
-    margins: dict[int, list[dict[str, JsonValue]]] = yaml.safe_load(text)["bits"]
+    margins: dict[int, list[dict[str, JsonValue]]] = _margins()["bits"]
     if bits not in margins:
         raise EvaluationError(
             f"no margins are fixed for {bits} bits",
             f"write the criteria out in the recipe (margins exist for {sorted(margins)} bits)",
         )
     return parse_criteria({"criteria": list(margins[bits])})
+
+
+def cache_criteria(kind: str) -> tuple[Criterion, ...]:
+    """The margins fixed for a kind of quantized cache in ``margins.yaml``.
+
+    Raises:
+        EvaluationError: there are none for this kind.
+    """
+    margins = _margins()["kv_cache"]
+    if kind not in margins:
+        raise EvaluationError(
+            f"no margins are fixed for a cache of kind {kind}",
+            f"choose one of {', '.join(margins)}",
+        )
+    return tuple(Criterion.model_validate(data) for data in margins[kind])
+
+
+def _margins() -> dict[str, Any]:
+    text = resources.files("llmopt_evals").joinpath("margins.yaml").read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
 
 
 def judge(interval: Interval, margin: float, better: Direction) -> Outcome:

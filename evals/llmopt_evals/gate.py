@@ -7,11 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmopt_evals.cache_evidence import CacheEvidence
 from llmopt_evals.cloze import ClozeItem, ClozeOptions, make_items
 from llmopt_evals.criteria import Criteria, judge_all
 from llmopt_evals.errors import EvaluationError
 from llmopt_evals.evidence import Evidence, concatenate, measure
-from llmopt_evals.judging import LookLevels, PairedTask, judge_look, plan_looks
+from llmopt_evals.judging import (
+    CACHE_METRICS,
+    LookLevels,
+    PairedTask,
+    judge_look,
+    no_cache,
+    plan_looks,
+)
 from llmopt_evals.plot_data import plot_data, summary
 from llmopt_evals.scorer import Progress, Scorer
 from llmopt_evals.statistics import NUM_RESAMPLES, alpha_spending, resample_counts
@@ -39,6 +47,7 @@ def run_gate(
     noise: Scorer | None = None,
     cloze: ClozeOptions | None = ClozeOptions(),  # noqa: B008  (frozen)
     tasks: Sequence[PairedTask] = (),
+    cache: CacheEvidence | None = None,
     seed: int = 0,
     progress: Progress = lambda label, done, total: None,
 ) -> GateRun:
@@ -56,6 +65,7 @@ def run_gate(
         noise: the source under another batch shape, for the noise floor.
         cloze: how cloze items are made; none makes none.
         tasks: paired task results (``tasks.run_tasks``), whole, judged at every look.
+        cache: measured of the candidate's quantized cache, judged likewise.
         seed: of order, items and resamples.
         progress: told of what is scored.
 
@@ -69,7 +79,7 @@ def run_gate(
     plan = plan_looks(len(units), criteria.looks)
     alphas = alpha_spending([n / len(units) for n in plan], 1 - criteria.confidence)
     samples = _samples(units, plan, text.bos_token_id, cloze, seed)
-    _check_measurable(criteria, cloze, by_name)
+    _check_measurable(criteria, cloze, by_name, cache)
     evidence: Evidence | None = None
     floor: NoiseFloor | None = None
     looks: list[Look] = []
@@ -99,6 +109,7 @@ def run_gate(
             tasks=by_name,
             noise_floor=None if floor is None else floor.mean_kl,
             counts=resample_counts(len(evidence.names), NUM_RESAMPLES, seed + number),
+            cache=cache,
         )
         looks.append(
             Look(
@@ -113,7 +124,7 @@ def run_gate(
         if looks[-1].outcome != "inconclusive":
             break
     assert evidence is not None
-    verdict = _verdict(evidence, looks, plan, criteria, floor, text, baseline, seed)
+    verdict = _verdict(evidence, looks, plan, criteria, floor, text, baseline, seed, cache)
     return GateRun(verdict, evidence)
 
 
@@ -159,7 +170,10 @@ def _samples(
 
 
 def _check_measurable(
-    criteria: Criteria, cloze: ClozeOptions | None, tasks: dict[str, PairedTask]
+    criteria: Criteria,
+    cloze: ClozeOptions | None,
+    tasks: dict[str, PairedTask],
+    cache: CacheEvidence | None,
 ) -> None:
     """Refuse before the work what ``judge_look`` would refuse after it."""
     for criterion in criteria.criteria:
@@ -173,6 +187,8 @@ def _check_measurable(
                 f"a criterion names the task {criterion.task!r}, which was not run",
                 f"run it, or take the criterion out (run: {', '.join(tasks) or 'none'})",
             )
+        if criterion.metric in CACHE_METRICS and cache is None:
+            raise no_cache(criterion)
 
 
 def _verdict(
@@ -184,6 +200,7 @@ def _verdict(
     text: HeldOutText,
     baseline: Scorer | None,
     seed: int,
+    cache: CacheEvidence | None,
 ) -> Verdict:
     notes = []
     if text.num_joined_sources:
@@ -194,6 +211,8 @@ def _verdict(
         notes.append("no plain rounding was given: the relative criterion was not judged")
     if len(plan) < criteria.looks:
         notes.append(f"{criteria.looks} looks were asked for; the units are enough for {len(plan)}")
+    if cache is not None:
+        notes += cache.notes()
     last = looks[-1]
     return Verdict(
         outcome=last.outcome,
@@ -210,4 +229,5 @@ def _verdict(
         plots=plot_data(evidence),
         notes=tuple(notes),
         seed=seed,
+        kv_cache=None if cache is None else cache.result(),
     )

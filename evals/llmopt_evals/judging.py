@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llmopt_evals.cache_evidence import CacheEvidence
 from llmopt_evals.criteria import (
     BETTER,
     Criteria,
@@ -30,6 +31,9 @@ from llmopt_evals.statistics import (
 )
 from llmopt_evals.units import MIN_UNITS
 from llmopt_evals.verdict import CriterionResult, NoiseBound
+
+CACHE_METRICS = ("kv_mean_kl", "kv_recall_drop")
+"""Judged on long contexts, not on the units."""
 
 _MAX_TASK_GROUPS = 500  # items are independent: resampling groups of them is as good, and small
 
@@ -66,6 +70,7 @@ def judge_look(
     tasks: Mapping[str, PairedTask],
     noise_floor: float | None,
     counts: Floats,
+    cache: CacheEvidence | None = None,
 ) -> list[CriterionResult]:
     """Each criterion at one look; the relative one last, where there is a baseline.
 
@@ -76,12 +81,19 @@ def judge_look(
         tasks: paired results by task name.
         noise_floor: nats a token, or none if it was not measured.
         counts: resamples of the evidence's units.
+        cache: measured of a quantized cache.
 
     Raises:
         EvaluationError: a criterion asks for what was not measured.
     """
     results = []
     for criterion in criteria.criteria:
+        if criterion.metric in CACHE_METRICS:
+            if cache is None:
+                raise no_cache(criterion)
+            if criterion.metric == "kv_mean_kl" or cache.informative:
+                results.append(_of_cache(criterion, cache, criteria, levels, len(counts)))
+            continue
         interval = _interval(criterion, evidence, tasks, counts, levels.alpha)
         results.append(_result(criterion, interval, evidence, criteria, levels))
     if criteria.relative is not None and evidence.kl_baseline is not None:
@@ -124,6 +136,50 @@ def _interval(
                     f"run it, or take the criterion out (run: {', '.join(tasks) or 'none'})",
                 )
             return _task_interval(tasks[criterion.task], len(counts), alpha)
+        case "kv_mean_kl" | "kv_recall_drop":
+            raise AssertionError("criteria on the cache are judged on long contexts")
+
+
+def no_cache(criterion: Criterion) -> EvaluationError:
+    """The error for a criterion on a cache where there is none."""
+    return EvaluationError(
+        f"{criterion.metric} is asked for, but the candidate has no quantized cache",
+        "give the recipe a kv_cache section, or take the criterion out",
+    )
+
+
+def _of_cache(
+    criterion: Criterion,
+    cache: CacheEvidence,
+    criteria: Criteria,
+    levels: LookLevels,
+    num_resamples: int,
+) -> CriterionResult:
+    """A criterion on the cache, whose sample is whole at every look."""
+    if criterion.metric == "kv_mean_kl":
+        interval, num_units = cache.kl_interval(num_resamples, levels.alpha), cache.num_contexts
+    else:
+        interval, num_units = cache.recall_interval(num_resamples, levels.alpha), cache.num_passages
+    power, units = _power(
+        interval.estimate,
+        criterion.margin,
+        interval,
+        num_units,
+        criteria,
+        LookLevels(levels.alpha, levels.last_alpha, num_units),
+    )
+    return CriterionResult(
+        name=criterion.name,
+        better="lower",
+        margin=criterion.margin,
+        estimate=interval.estimate,
+        low=interval.low,
+        high=interval.high,
+        confidence=1 - levels.alpha,
+        outcome=judge(interval, criterion.margin, "lower"),
+        power=power,
+        units_for_power=units,
+    )
 
 
 def _task_interval(task: PairedTask, num_resamples: int, alpha: float) -> Interval:
@@ -147,7 +203,7 @@ def _result(
     tested = math.log(margin) if criterion.metric == "perplexity_ratio" else margin
     sign = 1.0 if better == "lower" else -1.0
     power, units = _power(
-        sign * interval.estimate, sign * tested, interval, evidence, criteria, levels
+        sign * interval.estimate, sign * tested, interval, len(evidence.names), criteria, levels
     )
     shown = _exp(interval) if criterion.metric == "perplexity_ratio" else interval
     return CriterionResult(
@@ -173,12 +229,11 @@ def _power(
     effect: float,
     margin: float,
     interval: Interval,
-    evidence: Evidence,
+    num_units: int,
     criteria: Criteria,
     levels: LookLevels,
 ) -> tuple[float, int | None]:
     """Power at the last planned look, and the units that the wanted power needs."""
-    num_units = len(evidence.names)
     last_error = interval.standard_error * math.sqrt(num_units / levels.num_planned_units)
     return (
         power_at(effect, margin, last_error, levels.last_alpha),
@@ -223,7 +278,7 @@ def _relative(
             outcome=judge(own, bound, "lower"),
         )
         outcomes.append(noise_bound.outcome)
-    power, units = _power(interval.estimate, 0.0, interval, evidence, criteria, levels)
+    power, units = _power(interval.estimate, 0.0, interval, len(evidence.names), criteria, levels)
     return CriterionResult(
         name="kl_above_baseline",
         better="lower",

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llmopt_evals.criteria import Criteria, Criterion, Outcome, judge_all
 from llmopt_evals.evidence import Evidence
-from llmopt_evals.judging import LookLevels, judge_look, plan_looks
+from llmopt_evals.judging import CACHE_METRICS, LookLevels, judge_look, plan_looks
 from llmopt_evals.statistics import Floats, alpha_spending, resample_counts
 
 
@@ -60,7 +60,8 @@ def simulate(
         noise_floor: for the relative criterion.
         seed: of everything.
     """
-    asked = tuple(c for c in criteria.criteria if c.metric != "task_accuracy_drop")
+    without_units = ("task_accuracy_drop", *CACHE_METRICS)
+    asked = tuple(c for c in criteria.criteria if c.metric not in without_units)
     simulation = _Simulation(evidence, num_gates, num_resamples, noise_floor, seed)
     rows = []
     for criterion in asked:
@@ -112,8 +113,8 @@ def shift_to_margin(evidence: Evidence, criterion: Criterion) -> Evidence:
         case "p99_kl":
             share = np.quantile(evidence.token_kl, 0.99, method="higher")
             return replace(evidence, token_kl=evidence.token_kl * np.float32(margin / share))
-        case "task_accuracy_drop":
-            raise AssertionError("tasks have no units to simulate from")
+        case "task_accuracy_drop" | "kv_mean_kl" | "kv_recall_drop":
+            raise AssertionError("tasks and caches have no units to simulate from")
 
 
 def _spread(total: float, weights: Floats) -> Floats:

@@ -110,6 +110,55 @@ class PlotData(_Record):
     positions: tuple[PositionBucket, ...]
 
 
+class RecallCell(_Record):
+    """Recall of the pairs in one quarter of a passage; ``depth`` 0 is the farthest from its end."""
+
+    depth: int
+    num_items: int
+    source_accuracy: float
+    candidate_accuracy: float
+
+
+class RecallLength(_Record):
+    """Recall at one length of passage.
+
+    Attributes:
+        num_tokens: of a passage.
+        num_items: questions.
+        source_accuracy: share of them that the source has right.
+        candidate_accuracy: share of them that the candidate has right.
+        is_informative: whether the source is so far above chance that losing it would show.
+        depths: by quarter, the farthest first.
+    """
+
+    num_tokens: int
+    num_items: int
+    source_accuracy: float
+    candidate_accuracy: float
+    is_informative: bool
+    depths: tuple[RecallCell, ...]
+
+
+class CacheResult(_Record):
+    """What was measured of a quantized cache besides the criteria.
+
+    Attributes:
+        label: the cache in words.
+        num_context_tokens: of the long contexts.
+        num_contexts: how many.
+        positions: KL of the candidate with this cache from itself with a 16-bit cache, by position.
+        chance: accuracy of a guess at the recall task.
+        recall: by length of passage, longest last.
+    """
+
+    label: str
+    num_context_tokens: int
+    num_contexts: int
+    positions: tuple[PositionBucket, ...]
+    chance: float
+    recall: tuple[RecallLength, ...]
+
+
 class Verdict(_Record):
     """What the gate decided.
 
@@ -121,6 +170,7 @@ class Verdict(_Record):
         num_available_units: units at the last planned look.
         criteria_asked: what was asked, as data.
         notes: what a reader must know (sources joined, criteria not judged).
+        kv_cache: what was measured of a quantized cache, if the candidate has one.
     """
 
     schema_version: Literal[1] = 1
@@ -138,6 +188,7 @@ class Verdict(_Record):
     plots: PlotData
     notes: tuple[str, ...]
     seed: int
+    kv_cache: CacheResult | None = None
 
     @property
     def stopped_early(self) -> bool:
