@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from llmopt.calibration.hidden_states import HiddenStatePair, HiddenStates
 from llmopt.calibration.walker import BlockWalker, TokenBatch
 from llmopt.checkpoint.structure import ModelStructure
 from llmopt.checkpoint.tensor_source import TensorSource
+from llmopt.kv_cache.attention import attention_through
+from llmopt.kv_cache.reading import KVCache
 from llmopt.progress import Progress, silent
 from llmopt_evals.scorer import (
     Branches,
@@ -40,6 +43,7 @@ class WalkerScorer:
         scratch: directory for hidden states; what is written there goes when the scores go.
         device: where blocks compute.
         tokens_per_batch: tokens that go through a block together; it decides the batch shapes.
+        kv_cache: the cache that keys and values are read through; 16 bit without one.
         label: what progress is reported under.
         progress: told of each block.
     """
@@ -52,6 +56,7 @@ class WalkerScorer:
         *,
         device: str = "cpu",
         tokens_per_batch: int = 4096,
+        kv_cache: KVCache | None = None,
         label: str = "score",
         progress: Progress = silent,
     ) -> None:
@@ -59,16 +64,27 @@ class WalkerScorer:
         self._walker = BlockWalker(structure, source, device)
         self._scratch = scratch
         self._tokens_per_batch = tokens_per_batch
+        self._kv_cache = kv_cache
         self._label = label
         self._progress = progress
 
     def score(self, sequences: Sequence[Passage]) -> Scores:
         """Walk the blocks once over all passages."""
-        window = getattr(self._structure.text_config, "sliding_window", None)
         branches = [passage for passage in sequences if isinstance(passage, Branches)]
-        if window and any(item.longest_path > window for item in branches):
+        if any(self._must_expand(item) for item in branches):
             return score_expanded(self._walk, sequences)
         return self._walk(sequences)
+
+    def _must_expand(self, item: Branches) -> bool:
+        """Whether a branch reads other things when it does not follow its context at once."""
+        window = getattr(self._structure.text_config, "sliding_window", None)
+        if window and item.longest_path > window:
+            return True
+        if self._kv_cache is None or self._kv_cache.settings.kind != "int4":
+            return False
+        # Pages are filled by place in the row: fewer tokens than the window fill none that is read.
+        packed = len(item.context) + sum(len(tokens) for tokens in item.continuations)
+        return packed > self._kv_cache.settings.recent_window
 
     def _walk(self, sequences: Sequence[Passage]) -> _WalkedScores:
         rows = [_Row.of(passage) for passage in sequences]
@@ -86,12 +102,17 @@ class WalkerScorer:
         walker.start(batches, states.inputs(0))
         for block in range(num_blocks):
             self._progress(self._label, block, num_blocks)
-            with walker.materialise(block) as module:
+            with walker.materialise(block) as module, self._reading():
                 advance(walker, block, module, states.inputs(block), states.outputs(block))
         self._progress(self._label, num_blocks, num_blocks)
         starts = _row_starts(plan, batches)
         rows_at_once = max(1, _LOGITS // self._structure.vocabulary_size)
         return _WalkedScores(rows, starts, states.inputs(num_blocks), walker.head(), rows_at_once)
+
+    def _reading(self) -> AbstractContextManager[None]:
+        if self._kv_cache is None:
+            return nullcontext()
+        return attention_through(self._structure.skeleton.config, self._kv_cache.see)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -71,11 +71,22 @@ def kv_page_quantize_reference(
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """As ``kv_page_quantize``, computed in ``dtype``: ``cache`` changes in place."""
+    kept = (source_pages >= 0) & (pages >= 0)
+    k, v = dequantize_pages(source, source_pages[kept], dtype)
+    quantize_pages_reference(k, v, cache, pages[kept].long())
+
+
+def quantize_pages_reference(k: Tensor, v: Tensor, cache: PagedKV, pages: Tensor) -> None:
+    """Write keys and values of any element type into ``cache``'s pages, computed in their own.
+
+    Args:
+        k: ``(n, page_size, kv_heads, head_dim)``, full pages.
+        v: likewise.
+        cache: int4 pool; changes in place.
+        pages: ``(n,) int64``, where they go.
+    """
     assert cache.k_scale is not None and cache.v_scale is not None
     assert cache.k_min is not None and cache.v_min is not None
-    kept = (source_pages >= 0) & (pages >= 0)
-    pages = pages[kept].long()
-    k, v = dequantize_pages(source, source_pages[kept], dtype)
     parts = (
         (k, 1, cache.k, cache.k_scale, cache.k_min),
         (v, 3, cache.v, cache.v_scale, cache.v_min),

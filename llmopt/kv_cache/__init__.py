@@ -1,0 +1,1 @@
+"""What a quantized cache of keys and values gives back, for the road and its gate."""
