@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmopt.decoding.completion import Completion, Delta
-from llmopt.decoding.kv_cache_config import KVCacheConfig, kv_cache_config
+from llmopt.decoding.kv_cache_config import KVCacheConfig
 from llmopt.decoding.limits import SchedulerOptions, check_request
 from llmopt.decoding.opening import open_model
 from llmopt.decoding.paging.manager import PageManager
@@ -25,6 +25,7 @@ from llmopt.decoding.sampling.sampler import SamplingRow, sample
 from llmopt.decoding.scheduler import ScheduledStep, Scheduler
 from llmopt.decoding.sequence import Request, Sequence
 from llmopt.decoding.sizing import choose_limits
+from llmopt.decoding.stored_cache import choose_cache
 from llmopt.decoding.tracking import Collected, Inbox, Posted, Tracked, in_order
 from llmopt.errors import BadInputError
 
@@ -47,8 +48,8 @@ class Engine:
         model: a directory, of a Hugging Face checkpoint or of what ``llmopt quantize`` wrote, or a
             transformers model.
         tokenizer: of the model, or its directory; ``None``: the model directory's.
-        kv_cache: ``auto`` (the model's element type), ``bf16``, ``fp16``, ``fp32``, ``fp8``,
-            ``int8``, ``int4``, or a config.
+        kv_cache: ``auto`` (what the directory's recipe was judged with, else the model's element
+            type), ``bf16``, ``fp16``, ``fp32``, ``fp8``, ``int8``, ``int4``, or a config.
         max_context: most tokens of prompt and answer; ``None``: what the model was made for.
         max_sequences: most answers that grow at a time; further requests wait.
         max_tokens_per_step: most tokens of one forward.
@@ -78,7 +79,7 @@ class Engine:
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        config = kv_cache_config(kv_cache)
+        config = choose_cache(kv_cache, model)
         opened = open_model(model, tokenizer=tokenizer, dtype=dtype, device=device)
         context = _context(max_context, opened.context_length)
         options = SchedulerOptions(context, max_sequences, max_tokens_per_step, prefill_chunk)

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from llmopt.errors import BadInputError
 from llmopt.formats.config_values import read_names, read_pattern, read_truth, read_whole
+from llmopt.formats.kv_cache import check_cache_scheme
 from llmopt.quantization.scheme import INT_BITS, ActivationOrder, IntBits, Scheme
 
 _ORDERS: dict[ActivationOrder, str | None] = {"none": None, "weight": "weight", "group": "group"}
@@ -24,7 +25,6 @@ _WHERE = "the compressed-tensors config"
 # Without these the same weights are another model.
 _MORE_THAN_WEIGHTS = {
     "transform_config": "transforms activations",
-    "kv_cache_scheme": "quantizes the cache of keys and values",
     "sparsity_config": "stores sparse weights",
 }
 _MEND = "mend config.json, or take the model from its maker again"
@@ -108,6 +108,11 @@ def read_config(config: Mapping[str, JsonValue]) -> CompressedTensorsSchemes:
                 f"{_WHERE} {does} ({key})",
                 "llmopt reads quantized weights alone; take the model without it",
             )
+    cache = config.get("kv_cache_scheme")
+    if cache is not None:
+        if not isinstance(cache, dict):
+            raise BadInputError(f"{_WHERE} has kv_cache_scheme {cache!r}", _MEND)
+        check_cache_scheme(cache)
     found: list[tuple[Target, Scheme]] = []
     for name, group in groups.items():
         targets, scheme = _read_group(name, group, config.get("format"))

@@ -13,6 +13,7 @@ from llmopt.checkpoint.tensor_source import TensorInfo
 from llmopt.errors import BadInputError
 from llmopt.formats import read_format
 from llmopt.formats.config_file import quantization_config
+from llmopt.formats.kv_cache import CONFIG_KEY, is_cache_scale
 from llmopt.quantization.quantized_tensor import QuantizedTensor
 from llmopt.quantization.scheme import Scheme
 
@@ -24,8 +25,10 @@ class DequantizedSource:
     what a consumer's own element type rounds is the consumer's. Nothing is kept between reads.
 
     Attributes:
-        config: ``config.json`` without its ``quantization_config``: the source's.
+        config: ``config.json`` without what was written into it: the source's.
         form: the format of the packed weights.
+        has_cache_scales: whether scales of an fp8 cache lie beside the weights; they are not among
+            the names.
 
     Args:
         reader: an opened checkpoint with a ``quantization_config``, its own or another tool's.
@@ -46,7 +49,7 @@ class DequantizedSource:
         self.config: Mapping[str, JsonValue] = {
             key: value
             for key, value in reader.config.items()
-            if key not in ("quantization_config", "compression_config")
+            if key not in ("quantization_config", "compression_config", CONFIG_KEY)
         }
         self.form = read_format(config)
         self._table = self.form.schemes(config)
@@ -68,10 +71,12 @@ class DequantizedSource:
                     f"{self._modules[name][1]}; readers disagree about which is the weight",
                     "remove the one that its maker did not mean, or take the checkpoint again",
                 )
+        self.has_cache_scales = bool(config.get("kv_cache_scheme"))
         names = (
             f"{parts[name][0]}.weight" if name in parts else name
             for name in reader.names
-            if name not in parts or parts[name][1]
+            if (name not in parts or parts[name][1])
+            and not (self.has_cache_scales and is_cache_scale(name))
         )
         self._names = tuple(names)
 
