@@ -17,6 +17,8 @@ from llmopt.errors import BadInputError
 from llmopt.formats.config_file import quantization_config
 from llmopt.formats.dequantized import DequantizedSource
 from llmopt.formats.gguf.source import GGUFSource
+from llmopt.formats.kv_cache import read_cache
+from llmopt.kv_cache.reading import KVCache
 from llmopt.quantization.ggml.types import GGMLType
 from llmopt.quantization.scheme import Scheme
 from llmopt.spilled import RowReader
@@ -46,6 +48,7 @@ class Comparison:
         is_plain_rounding: whether the candidate is its own yardstick of the relative criterion.
         bits: the width that most of the quantized parameters have; it decides the margins.
         tokenizer: the source's.
+        kv_cache: the candidate's, if it is quantized; the source's is 16-bit.
     """
 
     reader: CheckpointReader
@@ -58,6 +61,7 @@ class Comparison:
     is_plain_rounding: bool
     bits: int
     tokenizer: PreTrainedTokenizerBase
+    kv_cache: KVCache | None = None
 
 
 def margin_bits(sizes: Iterable[tuple[int, int]]) -> int:
@@ -104,6 +108,7 @@ def compare(candidate: CheckpointReader, reader: CheckpointReader) -> Comparison
         False,
         bits,
         tokenizer,
+        read_cache(candidate.config, candidate, own),
     )
 
 

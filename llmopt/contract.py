@@ -16,9 +16,11 @@ from llmopt.errors import BadInputError, ContractError
 from llmopt.formats import FORMATS, choose_format
 from llmopt.formats.base import Format
 from llmopt.formats.consumers import FormatSupport, Shard, load_consumers
+from llmopt.formats.kv_cache import attention_names
+from llmopt.kv_cache.settings import KVCacheSettings
 from llmopt.quantization.scheme import Scheme
 from llmopt.recipe import OutputSection, QuantizeStage, Recipe, matches
-from llmopt.report.schema import Consumer
+from llmopt.report.schema import Consumer, ContractCheck
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ def draw_contract(reader: CheckpointReader, structure: ModelStructure, recipe: R
         contract_check("groups", _group_faults(structure, schemes), "groups divide every layer"),
         contract_check("tensors", [], _tensor_summary(reader, structure, schemes)),
         contract_check("something to do", [] if schemes else ["every layer is ignored"], "yes"),
+        *_cache_checks(structure, recipe.quantized_cache),
     )
 
     def dtype_of(name: str) -> torch.dtype:
@@ -68,11 +71,35 @@ def draw_contract(reader: CheckpointReader, structure: ModelStructure, recipe: R
 
     ranks = recipe.output.tensor_parallel_size
     consumers = tuple(
-        check_consumer(name, reader.config, structure, form, assigned, dtype_of, ranks)
+        check_consumer(
+            name, reader.config, structure, form, assigned, dtype_of, ranks, recipe.quantized_cache
+        )
         for name in recipe.output.consumers
     )
     kept = tuple(name for name in linears if name not in schemes)
     return Contract(checks, consumers, form, schemes, kept)
+
+
+def _cache_checks(
+    structure: ModelStructure, cache: KVCacheSettings | None
+) -> tuple[ContractCheck, ...]:
+    """That every block has an attention whose keys and values a cache can hold."""
+    if cache is None:
+        return ()
+    faults = []
+    try:
+        attention_names(structure)
+    except BadInputError as error:
+        faults.append(error.what)
+    context = structure.context_length
+    if cache.kind == "int4" and context is not None:
+        first = cache.recent_window + cache.page_size - 1
+        if first >= context:
+            faults.append(
+                f"pages of {cache.page_size} and a window of {cache.recent_window} leave nothing "
+                f"to quantize in a context of {context}"
+            )
+    return (contract_check("kv cache", faults, f"{cache.label}; llmopt.decoding takes it"),)
 
 
 def _format(output: OutputSection) -> Format:
@@ -152,6 +179,7 @@ def check_consumer(
     assigned: Mapping[str, Scheme | None],
     dtype_of: Callable[[str], torch.dtype],
     tensor_parallel_size: int,
+    cache: KVCacheSettings | None = None,
 ) -> Consumer:
     """Hold a model that is to be quantized so against what one consumer opens.
 
@@ -163,6 +191,7 @@ def check_consumer(
         assigned: scheme of every linear layer in the blocks, by memory name; ``None`` is 16 bit.
         dtype_of: element type of a layer's scales, by the same name.
         tensor_parallel_size: its ranks.
+        cache: the quantized cache that the model is to be judged with.
 
     Raises:
         ContractError: nobody knows such a consumer.
@@ -213,6 +242,8 @@ def check_consumer(
         checks.append(
             contract_check("experts", faults, f"opens them as one layer a block ({proof})")
         )
+    if cache is not None:
+        checks.append(contract_check("kv cache", [], support.cache_words(cache)))
     if support.fuses_shared_inputs:
         mixed = list(_mixed_groups(structure, assigned))
         checks.append(contract_check("fused layers", mixed, "one scheme for q/k/v and for gate/up"))

@@ -18,6 +18,7 @@ from llmopt.formats import choose_format
 from llmopt.formats.base import Format
 from llmopt.formats.consumers import load_consumers
 from llmopt.formats.dequantized import DequantizedSource
+from llmopt.formats.kv_cache import read_settings
 from llmopt.formats.parts import trivial_groups
 from llmopt.progress import Progress, silent
 from llmopt.quantization.quantized_tensor import QuantizedTensor
@@ -105,6 +106,11 @@ def plan_conversion(
         raise BadInputError(
             f"{directory} is in the format {to} already",
             "choose another format, or use it as it is",
+        )
+    if (cache := read_settings(reader.config)) is not None:
+        raise ContractError(
+            f"{directory} is for an {cache.label} cache, which a conversion would lose",
+            "quantize the source anew with the format and the kv_cache that you want",
         )
     structure = read_structure(source)
     linears = dict(_linears(structure))

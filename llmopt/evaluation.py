@@ -20,6 +20,8 @@ from llmopt.formats.gguf.file import GGUFFile
 from llmopt.formats.gguf.record import check_tensor_data, read_verdict
 from llmopt.formats.gguf.source import GGUFSource
 from llmopt.formats.gguf.tokenizer.foreign import tokenizer_notes
+from llmopt.kv_cache.reading import KVCache
+from llmopt.kv_cache.settings import KVCacheSettings
 from llmopt.progress import Progress, silent
 from llmopt.recipe import EvaluationSection, GateSection, Recipe
 from llmopt.report.integrity import changed_files
@@ -29,6 +31,7 @@ from llmopt.rounded import RoundedSource
 from llmopt.scoring import WalkerScorer
 from llmopt.spilled import SpilledSource
 from llmopt.texts import EvaluationText, prepare_evaluation
+from llmopt_evals.cache_evidence import check_cache_text, measure_cache_evidence
 from llmopt_evals.errors import EvaluationError, NotFiniteError
 from llmopt_evals.gate import check_text, run_gate
 from llmopt_evals.scorer import Passage, Scorer, Scores
@@ -101,19 +104,26 @@ def judge(
     # Reading these tables costs what dequantizing, or rounding, them costs.
     artifact = SpilledSource(comparison.candidate, comparison.tables, scratch)
 
-    def scorer(source: TensorSource, label: str, tokens: int = _TOKENS_PER_BATCH) -> WalkerScorer:
+    def scorer(
+        source: TensorSource,
+        label: str,
+        tokens: int = _TOKENS_PER_BATCH,
+        cache: KVCache | None = None,
+    ) -> WalkerScorer:
         return WalkerScorer(
             comparison.candidate_structure if source is artifact else comparison.structure,
             source,
             scratch,
             device=device,
             tokens_per_batch=tokens,
+            kv_cache=cache,
             label=f"score the {label}",
             progress=progress,
         )
 
     reference = scorer(comparison.reader, "source")
-    candidate = _Judged(through or scorer(artifact, "artifact"))
+    cache = comparison.kv_cache
+    candidate = _Judged(through or scorer(artifact, "artifact", cache=cache))
     baseline: Scorer | None = candidate if comparison.is_plain_rounding else None
     if comparison.schemes and not comparison.is_plain_rounding:
         rounded = RoundedSource(comparison.reader, comparison.schemes)
@@ -124,17 +134,32 @@ def judge(
             for name in named
             if name is not None and name in comparison.schemes
         }
-        baseline = scorer(SpilledSource(rounded, tables, scratch), "plain rounding")
+        # The scheme is that of the cache too.
+        baseline = scorer(SpilledSource(rounded, tables, scratch), "plain rounding", cache=cache)
     try:
+        of_cache = None
+        if cache is not None:
+            of_cache = measure_cache_evidence(
+                cache.settings.label,
+                text,
+                context_length=shared_context(comparison),
+                reference=reference,
+                candidate=candidate,
+                sixteen_bit=_Judged(scorer(artifact, "artifact with a 16-bit cache")),
+                options=gate.long_context,
+                seed=gate.seed,
+                progress=progress,
+            )
         run = run_gate(
             reference,
             candidate,
             text=text,
-            criteria=gate.criteria(comparison.bits),
+            criteria=gate.criteria(comparison.bits, None if cache is None else cache.settings),
             baseline=baseline,
             noise=scorer(comparison.reader, "noise floor", _NOISE_TOKENS_PER_BATCH),
             cloze=gate.cloze,
             tasks=_run_tasks(comparison, gate, reference, candidate),
+            cache=of_cache,
             seed=gate.seed,
             progress=progress,
         )
@@ -145,15 +170,30 @@ def judge(
     return run.verdict
 
 
-def check_gate(gate: GateSection, bits: int, text: HeldOutText) -> None:
+def check_gate(
+    gate: GateSection,
+    bits: int,
+    text: HeldOutText,
+    cache: KVCacheSettings | None = None,
+    context_length: int | None = None,
+) -> None:
     """Refuse before the work what the gate would refuse after it.
+
+    Args:
+        gate: the criteria.
+        bits: whose margins are the starting point.
+        text: held out.
+        cache: the quantized cache, if there is to be one.
+        context_length: the model's.
 
     Raises:
         EvaluationError: no margins for this width, a task that is unknown or cannot be run here,
             too little text for the cloze items.
     """
-    criteria = gate.criteria(bits)
+    criteria = gate.criteria(bits, cache)
     check_text(text, criteria, gate.cloze, gate.seed)
+    if cache is not None:
+        check_cache_text(text, context_length, gate.long_context, gate.seed)
     check_tasks(gate)
 
 
@@ -235,7 +275,7 @@ def evaluate(
     held_out = prepare_evaluation(
         [sources] if isinstance(sources, str) else sources,
         comparison.tokenizer,
-        context_length=_shared_context(comparison),
+        context_length=shared_context(comparison),
     )
     notes = (_file_notes if is_file else _integrity_notes)(path, held_out)
     if is_file:
@@ -274,7 +314,7 @@ def _check_engine(engine: str | None, path: Path) -> None:
         )
 
 
-def _shared_context(comparison: Comparison) -> int | None:
+def shared_context(comparison: Comparison) -> int | None:
     """Tokens within which both compute what they were made for."""
     structures = (comparison.structure, comparison.candidate_structure)
     lengths = [s.context_length for s in structures if s.context_length is not None]

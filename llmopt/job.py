@@ -119,7 +119,13 @@ def prepare(
     tokenizer = load_tokenizer(source)
     if texts is None:
         texts = prepare_texts(recipe, tokenizer.tokenizer, context_length=target.context_length)
-        check_gate(recipe.gate, target.bits, texts.evaluation.text)
+        check_gate(
+            recipe.gate,
+            target.bits,
+            texts.evaluation.text,
+            recipe.quantized_cache,
+            target.context_length,
+        )
     walker = calibration_walker(structure, reader, device)
     job = Job(
         reader=reader,

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic_core import ErrorDetails
 
 from llmopt.errors import BadInputError
+from llmopt.kv_cache.settings import KVCacheSettings, KVKind
 from llmopt.stages import (
     SCHEME_KINDS,
     STAGES,
@@ -29,7 +30,15 @@ from llmopt.stages import (
     matches,
 )
 from llmopt_evals.cloze import ClozeOptions
-from llmopt_evals.criteria import Criteria, Criterion, Metric, RelativeCriterion, default_criteria
+from llmopt_evals.criteria import (
+    Criteria,
+    Criterion,
+    Metric,
+    RelativeCriterion,
+    cache_criteria,
+    default_criteria,
+)
+from llmopt_evals.long_context import LongContextOptions
 
 __all__ = ["QuantizeStage", "Recipe", "load_recipe", "matches", "parse_recipe", "recipe_files"]
 
@@ -92,6 +101,32 @@ class OutputSection(Section):
         return self
 
 
+class KVCacheSection(Section):
+    """The cache of keys and values that the output is judged, and to be served, with.
+
+    ``fp8`` has static scales, which the calibration text gives and vLLM reads. ``int8`` and
+    ``int4`` are the embedded engine's (``llmopt.decoding``).
+    """
+
+    kind: KVKind
+    recent_window: int = Field(
+        default=128, ge=1, description="of int4: latest positions that are read in 16 bit"
+    )
+    page_size: Literal[16, 32, 64, 128] = Field(
+        default=64, description="tokens; of int4 also what shares the scale of a key's channel"
+    )
+
+    @model_validator(mode="after")
+    def _check_window(self) -> KVCacheSection:
+        if self.kind != "int4" and "recent_window" in self.model_fields_set:
+            raise ValueError(f"recent_window is of int4; {self.kind} has no window in 16 bit")
+        return self
+
+    def settings(self) -> KVCacheSettings:
+        """The same as the cache's room knows it."""
+        return KVCacheSettings(**self.model_dump())
+
+
 class GateSection(Section):
     """What the output must satisfy; without a word here, what is fixed for its bit width."""
 
@@ -105,6 +140,9 @@ class GateSection(Section):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     looks: int = Field(default=3, ge=1, le=4)
     cloze: ClozeOptions = ClozeOptions()
+    long_context: LongContextOptions = Field(
+        default=LongContextOptions(), description="how a quantized cache is judged"
+    )
     seed: int = 0
 
     @model_validator(mode="after")
@@ -117,18 +155,21 @@ class GateSection(Section):
             Criterion(metric="task_accuracy_drop", task=task, margin=margin)
         return self
 
-    def criteria(self, bits: int) -> Criteria:
+    def criteria(self, bits: int, cache: KVCacheSettings | None = None) -> Criteria:
         """The criteria for a model most of whose quantized parameters have ``bits`` bits.
+
+        With a quantized ``cache`` those of its kind join them.
 
         Raises:
             EvaluationError: no margins are fixed for this width.
         """
         fixed = default_criteria(bits)
+        of_cache = () if cache is None else cache_criteria(cache.kind)
         changed = [
             criterion.model_copy(
                 update={"margin": self.margins.get(criterion.metric, criterion.margin)}
             )
-            for criterion in fixed.criteria
+            for criterion in (*fixed.criteria, *of_cache)
         ]
         tasks = [
             Criterion(metric="task_accuracy_drop", task=task, margin=margin)
@@ -152,6 +193,7 @@ class Recipe(Section):
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
+    kv_cache: KVCacheSection | None = None
     gate: GateSection = GateSection()
 
     @field_validator("stages")
@@ -182,6 +224,16 @@ class Recipe(Section):
             raise ValueError(
                 "calibration.imatrix holds importance for GGUF types, and this recipe uses none"
             )
+        if self.kv_cache is not None and self.output.format == GGUF:
+            raise ValueError(
+                "a GGUF file says nothing of its cache: llama.cpp takes it from its command line "
+                "(--cache-type-k, --cache-type-v); leave kv_cache out"
+            )
+        if self.cache_scales and self.output.format != "compressed-tensors":
+            raise ValueError(
+                f"format {self.output.format} has no place for the scales of an fp8 cache; "
+                "compressed-tensors has"
+            )
         return self
 
     @property
@@ -197,8 +249,24 @@ class Recipe(Section):
         return next((stage for stage in self.stages if isinstance(stage, AWQStage)), None)
 
     @property
+    def quantized_cache(self) -> KVCacheSettings | None:
+        """The cache, if it gives back other keys and values than it is given."""
+        settings = None if self.kv_cache is None else self.kv_cache.settings()
+        return settings if settings is not None and settings.is_quantized else None
+
+    @property
+    def cache_scales(self) -> bool:
+        """Whether scales of the cache are found on the calibration text."""
+        return self.quantized_cache is not None and self.quantized_cache.has_static_scales
+
+    @property
     def calibrates(self) -> bool:
-        """Whether any stage goes by statistics of the calibration text."""
+        """Whether anything goes by statistics of the calibration text."""
+        return self.weighs_text or self.cache_scales
+
+    @property
+    def weighs_text(self) -> bool:
+        """Whether any stage does: what becomes of the weights."""
         if self.calibration.imatrix is not None and self.quantize.solver == "rtn":
             return False  # all that it would gather is in that file
         return self.awq is not None or self.quantize.sees_text
@@ -209,7 +277,7 @@ class Recipe(Section):
         stage = self.quantize
         if stage.is_ggml and (stage.weighs_inputs or stage.found_by != "compatible"):
             return False
-        return not self.calibrates and stage.solver == "rtn" and stage.clip == "none"
+        return not self.weighs_text and stage.solver == "rtn" and stage.clip == "none"
 
     def sha256(self) -> str:
         """Content hash of the recipe as it was understood, defaults included."""

@@ -23,6 +23,7 @@ from llmopt.report.failure import Failure
 from llmopt.report.html import write_html
 from llmopt.report.json_file import write_json
 from llmopt.report.schema import (
+    CacheScaleRecord,
     Calibration,
     CompanionFiles,
     Coverage,
@@ -56,11 +57,13 @@ class BlockRecords:
         layers: one record a quantized layer.
         scales: one a fold of the awq stage.
         declined: layers that no scale could be folded into.
+        cache_scales: one a block whose fp8 cache has scales.
     """
 
     layers: tuple[LayerRecord, ...]
     scales: tuple[ScaleRecord, ...] = ()
     declined: tuple[DeclinedFold, ...] = ()
+    cache_scales: tuple[CacheScaleRecord, ...] = ()
 
 
 def read_records(entries: Sequence[BlockEntry]) -> BlockRecords:
@@ -69,6 +72,7 @@ def read_records(entries: Sequence[BlockEntry]) -> BlockRecords:
         tuple(_read(LayerRecord, entries, "layers")),
         tuple(_read(ScaleRecord, entries, "scales")),
         tuple(_read(DeclinedFold, entries, "declined")),
+        tuple(_read(CacheScaleRecord, entries, "cache_scales")),
     )
 
 
@@ -114,6 +118,7 @@ def assemble_report(
         environment=job.environment,
         layers=records.layers,
         scales=records.scales,
+        cache_scales=records.cache_scales,
         ledger=LedgerRecord(totals=ledger.summary(), entries=ledger.entries),
         companions=CompanionFiles(carried=companions.copied, left_out=companions.left_out),
         round_trip=round_trip,

@@ -141,5 +141,5 @@ def test_scales_that_were_folded_are_the_same_after_a_resume(tmp_path: Path) -> 
         journal = json.loads((artifact.parent / "journal.json").read_text())
         found.append((files, [entry["payload"] for entry in journal["blocks"]]))
     assert found[0] == found[1] and len(found[0][0]) == 4
-    scaled = [payload["scaled"] for payload in found[0][1]]
+    scaled = [payload["written"] for payload in found[0][1]]
     assert all("layernorm" in name for part in scaled for name in part) and any(scaled)

@@ -1,4 +1,7 @@
-"""What became of each source tensor: quantized, scaled, copied, tied or dropped, and why."""
+"""What became of each source tensor: quantized, scaled, copied, tied or dropped, and why.
+
+Tensors that the output has and the source has not are listed too: they were added.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,18 @@ class LedgerError(LlmoptError):
 
 
 class Fate(StrEnum):
-    """What a source tensor ends as."""
+    """What a source tensor ends as; ``added`` is what no source tensor became."""
 
     QUANTIZED = "quantized"
     SCALED = "scaled"
     COPIED = "copied"
     TIED = "tied"
     DROPPED = "dropped"
+    ADDED = "added"
 
 
 class LedgerEntry(BaseModel):
-    """The fate of one source tensor; sizes are the source's."""
+    """The fate of one source tensor; sizes are the source's, and so 0 of what was added."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -79,13 +83,18 @@ class Ledger:
 
         Raises:
             LedgerError: for a source tensor with no fate or two, an entry without a source
-                tensor, or a size that is not the source's.
+                tensor that was not added, one that was and is there, or a size that is not the
+                source's.
         """
         names = [entry.name for entry in self._entries]
+        added = {entry.name for entry in self._entries if entry.fate is Fate.ADDED}
         recorded, expected = set(names), set(source.names)
         problems = [f"{name} has no fate" for name in source.names if name not in recorded]
         problems += [f"{name} has {names.count(name)} fates" for name in _repeated(names)]
-        problems += [f"{name} is not in the source" for name in sorted(recorded - expected)]
+        problems += [f"{name} is not in the source" for name in sorted(recorded - expected - added)]
+        problems += [
+            f"{name} was added, but the source has it" for name in sorted(added & expected)
+        ]
         for entry in self._entries:
             if entry.name in expected:
                 info = source.info(entry.name)

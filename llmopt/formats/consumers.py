@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from llmopt.formats.accepted import Accepted
 from llmopt.formats.expert_support import ExpertSchemes, ExpertSupport
 from llmopt.formats.gguf_support import GGUFSupport
+from llmopt.kv_cache.settings import KVCacheSettings, KVKind
 from llmopt.quantization.scheme import ActivationOrder, Scheme
 
 Shard = Literal["in", "out"]
@@ -64,7 +65,18 @@ class FormatSupport(_Section):
     tied_head: bool = True
     transformers_4: bool = False
     experts: ExpertSupport | None = None
+    kv_caches: dict[KVKind, bool] = {}
     reasons: dict[_Refused, str]
+
+    def cache_words(self, cache: KVCacheSettings) -> str:
+        """What becomes of a quantized cache that a checkpoint is for."""
+        if cache.kind not in self.kv_caches:
+            return (
+                f"opens it and keeps a 16-bit cache: {cache.kind} as it was judged is "
+                "llmopt.decoding's"
+            )
+        proof = "run" if self.kv_caches[cache.kind] else "read in the engine's source, not run"
+        return f"keeps an {cache.kind} cache by the scales of the checkpoint ({proof})"
 
     def proven(self, scheme: Scheme) -> bool:
         """Whether this scheme has been run and compared, not only read about."""

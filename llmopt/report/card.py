@@ -49,6 +49,8 @@ def render_card(report: Report) -> str:
             sign=verdict_view.SIGNS,
             scheme=scheme_label(report),
             solver=solver_label(report),
+            recall=verdict_view.recall_rows(report.verdict),
+            recall_sentence=verdict_view.recall_sentence(report.verdict),
             names={"html": HTML_NAME, "json": JSON_NAME},
             consumers={item.name: item.version for item in report.consumers},
         )

@@ -53,6 +53,8 @@ def render_html(report: Report) -> str:
         basis=verdict_view.basis(report.verdict),
         tiles=verdict_view.tiles(report.verdict),
         comparisons=verdict_view.comparisons(report.verdict),
+        recall=verdict_view.recall_rows(report.verdict),
+        recall_sentence=verdict_view.recall_sentence(report.verdict),
         layers=summarise_layers(report.layers),
         scheme=scheme_label(report),
         solver=solver_label(report),

@@ -186,6 +186,17 @@ class ScaleRecord(Record):
     largest: NonNegativeFloat
 
 
+class CacheScaleRecord(Record):
+    """Static scales of an fp8 cache of one block."""
+
+    block: NonNegativeInt
+    attention: str = Field(description="the module's name on disk")
+    largest_key: NonNegativeFloat = Field(description="magnitude after the rotary embedding")
+    largest_value: NonNegativeFloat
+    k_scale: NonNegativeFloat
+    v_scale: NonNegativeFloat
+
+
 class DeclinedFold(Record):
     """A layer whose channels cannot be scaled without changing the model."""
 
@@ -329,6 +340,7 @@ class Report(Record):
     environment: Environment
     layers: tuple[LayerRecord, ...]
     scales: tuple[ScaleRecord, ...] = Field(default=(), description="of the awq stage")
+    cache_scales: tuple[CacheScaleRecord, ...] = Field(default=(), description="of an fp8 cache")
     ledger: LedgerRecord
     companions: CompanionFiles
     round_trip: RoundTrip

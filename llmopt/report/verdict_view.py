@@ -21,6 +21,8 @@ _LABELS = {
     "cloze_accuracy_drop": "Cloze accuracy lost",
     "task_accuracy_drop": "Accuracy lost",
     "kl_above_baseline": "KL above plain rounding's",
+    "kv_mean_kl": "Mean KL from a 16-bit cache, long contexts",
+    "kv_recall_drop": "Recall of key-value pairs lost",
 }
 _LOSSLESS = {"perplexity_ratio": 1.0, "top1_agreement": 1.0}  # of other metrics it is 0
 
@@ -192,6 +194,48 @@ def comparisons(verdict: Verdict) -> list[Comparison]:
     if ours is not None and source is not None:
         found.append(Comparison("Cloze accuracy (higher is better)", source, ours, is_share=True))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class RecallRow:
+    """Recall at one length of passage: ``(source, artifact)`` over all, and by quarter of it.
+
+    The first quarter is the farthest from the question.
+    """
+
+    num_tokens: int
+    accuracy: tuple[float, float]
+    depths: tuple[tuple[float, float], ...]
+    is_informative: bool
+
+
+def recall_rows(verdict: Verdict) -> list[RecallRow]:
+    """By length; empty without a quantized cache."""
+    if verdict.kv_cache is None:
+        return []
+    return [
+        RecallRow(
+            num_tokens=length.num_tokens,
+            accuracy=(length.source_accuracy, length.candidate_accuracy),
+            depths=tuple((c.source_accuracy, c.candidate_accuracy) for c in length.depths),
+            is_informative=length.is_informative,
+        )
+        for length in verdict.kv_cache.recall
+    ]
+
+
+def recall_sentence(verdict: Verdict) -> str:
+    """What the table of recall says, and whether it was judged at all."""
+    rows = recall_rows(verdict)
+    judged = [row for row in rows if row.is_informative]
+    if not judged:
+        return (
+            "Not informative: the source itself recalls next to nothing, so recall was not judged "
+            "and counts neither for nor against the cache."
+        )
+    if len(judged) < len(rows):
+        return "Lengths at which the source itself is near chance are not judged."
+    return "Judged at every length."
 
 
 def kl_marks(verdict: Verdict) -> list[tuple[str, float]]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 
-from pydantic import TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 
+from llmopt.cache_scales import CacheScales, find_scales
 from llmopt.calibration.forwards import BlockForwards
 from llmopt.checkpoint.artifact import Artifact
 from llmopt.checkpoint.companions import Companions, copy_companions, plan_companions
@@ -20,6 +21,7 @@ from llmopt.checkpoint.structure import ModelStructure
 from llmopt.comparison import Comparison, compare, margin_bits
 from llmopt.contract import Contract, draw_contract
 from llmopt.errors import Outcome
+from llmopt.formats.kv_cache import CONFIG_KEY, cache_scheme, own_section
 from llmopt.naming import config_names, ignored_names
 from llmopt.progress import Progress
 from llmopt.recipe import Recipe
@@ -98,7 +100,14 @@ class CheckpointTarget:
         elif part.block is not None and seen is not None:
             assert seen.forwards is not None
             solved, scaling = self._solve(seen.forwards)
+            if self._recipe.cache_scales:
+                return self._lay_out(part, solved, scaling, self._cache_scales(seen.forwards))
         return self._lay_out(part, solved, scaling)
+
+    def _cache_scales(self, forwards: BlockForwards) -> CacheScales:
+        # In the model's own type, as transformers loads them into parameters of it.
+        dtype = self._reader.info(self._structure.embed_disk_name).dtype
+        return find_scales(forwards, dtype)
 
     def _solve(self, forwards: BlockForwards) -> tuple[list[SolvedLinear], BlockScaling]:
         scaling = self._scale(forwards)
@@ -127,20 +136,28 @@ class CheckpointTarget:
         )
 
     def _lay_out(
-        self, part: Part, solved: list[SolvedLinear], scaling: BlockScaling
+        self,
+        part: Part,
+        solved: list[SolvedLinear],
+        scaling: BlockScaling,
+        cache: CacheScales | None = None,
     ) -> CompressedPart:
         scaled = {self._structure.disk_name(name): v for name, v in scaling.tensors.items()}
         form = self.contract.form
         written = assemble_part(part, self._reader, self._structure, form, solved, scaled)
+        added = {} if cache is None else dict(cache.tensors)
+        own = scaled | added
+        digests: dict[str, JsonValue] = {k: tensor_digest(v.cpu()) for k, v in own.items()}
         return CompressedPart(
-            tensors=written.tensors,
+            tensors=written.tensors | added,
             digests={linear.module: linear.tensor.digest() for linear in solved},
-            entries=written.entries,
+            entries=written.entries + (() if cache is None else cache.entries),
             layers=tuple(linear.record for linear in solved),
             payload={
                 "scales": [record.model_dump(mode="json") for record in scaling.records],
                 "declined": [fold.model_dump(mode="json") for fold in scaling.declined],
-                "scaled": {name: tensor_digest(value.cpu()) for name, value in scaled.items()},
+                "cache_scales": [] if cache is None else [cache.record.model_dump(mode="json")],
+                "written": digests,
             },
         )
 
@@ -152,7 +169,12 @@ class CheckpointTarget:
         kept = self.contract.kept
         ignored = ignored_names(self._reader, structure, kept, patterns=form.takes_patterns)
         section = form.config(schemes, ignored)
-        write_config(artifact.directory, self._reader.config, form, section)
+        config = dict(self._reader.config)
+        if (cache := self._recipe.quantized_cache) is not None:
+            config[CONFIG_KEY] = own_section(cache)
+            if cache.has_static_scales:
+                section["kv_cache_scheme"] = cache_scheme()
+        write_config(artifact.directory, config, form, section)
         return copy_companions(self._reader.path, artifact.directory)
 
     def read_back(
@@ -172,9 +194,9 @@ class CheckpointTarget:
             for name, digest in source_digests.items()
             if name in written and name not in quantized
         }
-        scaled = TypeAdapter(dict[str, str])
-        for entry in entries:  # their bytes are no longer the source's
-            kept |= scaled.validate_python(entry.payload["scaled"])
+        own = TypeAdapter(dict[str, str])
+        for entry in entries:  # their bytes are not, or no longer, the source's
+            kept |= own.validate_python(entry.payload["written"])
         return check_round_trip(artifact.directory, solved, schemes, kept, progress)
 
     def open_candidate(self, artifact: Artifact) -> Comparison:

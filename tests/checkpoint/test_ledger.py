@@ -30,10 +30,22 @@ def test_a_complete_ledger_sums_to_the_source(reader: CheckpointReader) -> None:
     ledger.check(reader)
     summary = ledger.summary()
     counts = {fate: total.num_tensors for fate, total in summary.items()}
-    assert counts == {**dict.fromkeys(FATES, 1), Fate.SCALED: 0}
+    assert counts == {**dict.fromkeys(FATES, 1), Fate.SCALED: 0, Fate.ADDED: 0}
     total_bytes = sum(reader.info(name).num_bytes for name in reader.names)
     assert sum(total.num_bytes for total in summary.values()) == total_bytes
     assert sum(total.num_parameters for total in summary.values()) == 15 + 7 + 1 + 6
+
+
+def test_what_was_added_is_listed_and_counts_for_nothing(reader: CheckpointReader) -> None:
+    ledger = complete(reader)
+    before = sum(total.num_bytes for total in ledger.summary().values())
+    ledger.record("k_scale", Fate.ADDED, "a scale", 0, 0)
+    ledger.check(reader)
+    assert ledger.summary()[Fate.ADDED].num_tensors == 1
+    assert sum(total.num_bytes for total in ledger.summary().values()) == before
+    ledger.record("a", Fate.ADDED, "a scale", 0, 0)
+    with pytest.raises(LedgerError, match="a was added, but the source has it"):
+        ledger.check(reader)
 
 
 def test_the_summary_tells_fates_apart() -> None:
