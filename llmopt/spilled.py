@@ -15,7 +15,7 @@ from llmopt.checkpoint.tensor_source import TensorInfo, TensorSource
 RowReader = Callable[[slice], Tensor]
 """Gives some rows of one table."""
 
-_ROW_ELEMENTS = 1 << 22  # read at a time
+_ROW_ELEMENTS = 1 << 20  # read at a time
 
 
 class SpilledSource:

@@ -30,13 +30,16 @@ from llmopt.formats.gguf.imatrix import read_imatrix
 from llmopt.formats.gguf.mixtures import ChosenType, Mixture, tensor_types
 from llmopt.formats.gguf.source import GGUFSource
 from llmopt.progress import Progress, silent
+from llmopt.quantization.ggml.nearest import is_nearest
 from llmopt.quantization.ggml.packing import unpack_blocks
 from llmopt.quantization.ggml.types import GGML_TYPES, fitting_type
 from llmopt.targets.gguf.planning import find_kind
 from llmopt_evals.errors import EvaluationError
 
 DEFAULT_TYPES = ("Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_XS")
-LLMOPT_METHODS = ("compatible", "least-squares", "gptq")
+LLMOPT_METHODS = ("nearest", "compatible", "least-squares", "gptq")
+NEAREST = "nearest"
+"""Without importance, where no scale is searched then: uncut blocks. Q8_0 is never searched."""
 
 LLAMA_CPP = Quantizer("llama.cpp", "run_llama_cpp", {}, environment="llama-cpp")
 LLMOPT_GGUF = Quantizer("llmopt", "run_llmopt_gguf", {})
@@ -60,6 +63,11 @@ class FileKind:
     name: str
     mixture: Mixture
     pure: bool
+
+    def has_row(self, method: str) -> bool:
+        """Whether a method is one of its own for the type that most matrices get."""
+        base = GGML_TYPES[self.mixture.base]
+        return method != NEAREST or (is_nearest(base, None) and base.name != "Q8_0")
 
     def types(self, prepared: Prepared) -> dict[str, ChosenType]:
         """The type of every tensor, with an importance matrix, by llama.cpp's rules."""
@@ -168,7 +176,12 @@ def bench_gguf(options: GGUFOptions, progress: Progress = silent) -> GGUFReport:
         setting = describe_setting(
             options.model, evaluator.structure, tokens, blocks, options.threads
         )
-        planned = [(kind, *entry) for kind in options.kinds for entry in options.entries]
+        planned = [
+            (kind, quantizer, method)
+            for kind in options.kinds
+            for quantizer, method in options.entries
+            if kind.has_row(method)
+        ]
         for index, (kind, quantizer, method) in enumerate(planned):
             progress("rows", index, len(planned))
             run = _Run(kind, quantizer, method, options, prepared, folder / str(index))

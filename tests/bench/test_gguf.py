@@ -37,6 +37,9 @@ from llmopt.cli import app
 from llmopt.errors import BadInputError, ExitCode
 from llmopt.formats.gguf.file import GGUFFile
 from llmopt.formats.gguf.imatrix import read_imatrix
+from llmopt.quantization.ggml.packing import pack_blocks
+from llmopt.quantization.ggml.quantize import quantize_blocks
+from llmopt.quantization.ggml.types import GGML_TYPES
 
 PLAYED = """
 import os, shutil
@@ -260,3 +263,23 @@ def test_the_command_line_names_the_nearest_type(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, BadInputError)
     assert "Q4_K_M" in result.exception.remedy or "Q4_K_M" in result.exception.what
+
+
+def test_nearest_has_a_row_where_only_importance_makes_llama_cpp_search() -> None:
+    has = {name: find_file_kind(name).has_row("nearest") for name in ("Q4_0", "Q5_1", "Q8_0")}
+    assert has == {"Q4_0": True, "Q5_1": True, "Q8_0": False}
+    assert not any(find_file_kind(name).has_row("nearest") for name in ("Q4_K_M", "IQ4_NL"))
+    assert all(find_file_kind(name).has_row("compatible") for name in ("Q4_0", "Q8_0", "Q4_K_M"))
+
+
+def test_nearest_rounds_without_importance(small: tuple[Path, Prepared]) -> None:
+    source, prepared = small
+    kind, name = find_file_kind("Q4_0"), "blk.0.attn_q.weight"
+    values = GGUFFile(prepared.source).data(name).view(torch.float32)
+    plain = pack_blocks(quantize_blocks(values, GGML_TYPES["Q4_0"], search="compatible"))
+    found = {
+        method: run_ours(source, prepared, kind, method).data(name)
+        for method in ("nearest", "compatible")
+    }
+    assert torch.equal(found["nearest"], plain)
+    assert not torch.equal(found["compatible"], plain)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+import gguf  # noqa: F401  (loaded before the clock starts, as in llama.cpp's runner)
 import torch
 from torch import Tensor
 
@@ -78,6 +79,8 @@ def _pack_matrix(
 ) -> Tensor:
     if hessian is not None:
         return pack_blocks(gptq_blocks(weight, hessian, kind, importance=importance).tensor)
+    if method == "nearest":
+        return pack_blocks(quantize_blocks(weight, kind, search="compatible"))
     # What GPTQ knows no inputs of is rounded: the embedding, the head, experts without tokens.
     search = cast(Search, "least-squares" if method == "gptq" else method)
     return pack_blocks(quantize_blocks(weight, kind, importance=importance, search=search))
