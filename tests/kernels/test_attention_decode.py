@@ -27,9 +27,11 @@ KINDS = ("16-bit", "fp8", "int8", "int4")
 
 @contextmanager
 def compiling_nothing():
-    """Launchers called inside launch nothing; gives what they would have."""
+    """Launchers called inside launch nothing, for no chip; gives what they would have."""
     launches = []
     with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("llmopt_kernels.attention_decode")
+        patch.setattr(module, "architecture", lambda _: 90)
         for name in ("attention_decode", "attention_merge"):
             module = importlib.import_module(f"llmopt_kernels.{name}")
             patch.setattr(module, "launch", lambda *given, **_: launches.append(given))
@@ -334,10 +336,11 @@ def test_splits_fill_the_multiprocessors_and_are_not_too_short():
     assert choose_num_splits(1, 8, 1, 0, 132) == 1
 
 
+@pytest.mark.parametrize("chip", [80, 90, "gfx942"])
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_int4_tiles_lie_within_pages(page_size):
+def test_int4_tiles_lie_within_pages(page_size, chip):
     for head_dim in HEAD_DIMS:
-        shipped = shipped_config("int4", head_dim, page_size, 16)
+        shipped = shipped_config("int4", head_dim, page_size, 16, chip)
         candidates = list(candidate_configs("int4", head_dim, page_size, 16))
         assert all(c.block_n <= page_size for c in [shipped, *candidates])
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -65,19 +66,50 @@ class Attends(Protocol):
 _attends: ContextVar[Attends] = ContextVar("attends")
 
 
+@dataclass(slots=True)
+class _Lent:
+    """A config that bears our name: how many forwards run by it, and what it goes back to."""
+
+    num_forwards: int
+    name: str
+
+
+_lent: dict[int, _Lent] = {}  # by the id of the config, which its forwards keep alive
+_lent_lock = Lock()
+
+
 @contextmanager
 def attending(configs: Sequence[Any], attends: Attends) -> Iterator[None]:
-    """Inside, layers of the model whose ``configs`` these are ask ``attends``."""
-    before = [config._attn_implementation_internal for config in configs]
+    """Inside, layers of the model whose ``configs`` these are ask ``attends``.
+
+    Several threads may run one model so, each with its own ``attends``; the configs are as they
+    were when the last of them leaves.
+    """
     token = _attends.set(attends)
     for config in configs:
-        config._attn_implementation_internal = NAME
+        _lend(config)
     try:
         yield
     finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
+        for config in configs:
+            _take_back(config)
         _attends.reset(token)
+
+
+def _lend(config: Any) -> None:
+    with _lent_lock:
+        lent = _lent.setdefault(id(config), _Lent(0, config._attn_implementation_internal))
+        lent.num_forwards += 1
+        config._attn_implementation_internal = NAME
+
+
+def _take_back(config: Any) -> None:
+    with _lent_lock:
+        lent = _lent[id(config)]
+        lent.num_forwards -= 1
+        if not lent.num_forwards:
+            config._attn_implementation_internal = lent.name
+            del _lent[id(config)]
 
 
 def configs_of(model: nn.Module) -> tuple[Any, ...]:
