@@ -33,9 +33,9 @@ _MAX_TEXT = 60
 def inspect_path(path: Path | str) -> Inspection:
     """Look at a folder, a ``.safetensors`` file or a GGUF file of any tool.
 
-    Of tensors only the headers are read, but every file of an artifact is hashed, weights too, to
-    tell whether it is as it was gated. The schemes of a checkpoint that another tool quantized
-    are left empty where llmopt does not read them.
+    Of tensors only the headers are read and one packed layer of every scheme, but every file of an
+    artifact is hashed, weights too, to tell whether it is as it was gated. The schemes of a
+    checkpoint that another tool quantized are left empty where llmopt does not read them.
 
     Raises:
         BadInputError: nothing there, or nothing that llmopt reads.
@@ -131,10 +131,18 @@ def _lines(tensors: Iterable[tuple[str, TensorInfo]]) -> tuple[TensorLine, ...]:
 
 
 def _schemes(reader: CheckpointReader) -> tuple[dict[str, int], str | None]:
-    """Quantized layers by scheme, or none and why they cannot be read."""
+    """Quantized layers by scheme, or none and why they cannot be read.
+
+    Of every scheme one layer is unpacked: a config whose bits are not those of the codes shows.
+    """
+    counts: Counter[str] = Counter()
     try:
         source = DequantizedSource(reader)
-        counts = Counter(source.scheme_of(module).label for module in source.quantized_modules)
+        for module in source.quantized_modules:
+            scheme = source.scheme_of(module)
+            if scheme.label not in counts:
+                source.read_quantized(module)
+            counts[scheme.label] += 1
     except BadInputError as error:
         return {}, error.what
     return dict(counts), None

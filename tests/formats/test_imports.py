@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def test_an_auto_gptq_directory_with_its_own_file_names(tmp_path):
     found = DequantizedSource(open_checkpoint(tmp_path.parent / "awq-of-auto-gptq"))
     assert found.read_quantized(UP).digest() == written[UP].digest()
     assert not (tmp_path.parent / "awq-of-auto-gptq" / "quantize_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "compressed-tensors"])
+def test_a_config_with_other_bits_than_the_codes_shows_when_it_is_inspected(name, tmp_path):
+    write_quantized(tmp_path, FORMATS[name], lambda _: ASYMMETRIC)
+    assert inspect_path(tmp_path).unread is None
+    config = tmp_path / "config.json"
+    config.write_text(re.sub(r'"(bits|num_bits)": 4', r'"\1": 8', config.read_text()))
+    seen = inspect_path(tmp_path)
+    assert seen.schemes == {} and seen.unread is not None
+    assert "8" in seen.unread or "shape" in seen.unread
 
 
 def test_a_foreign_directory_is_compared_with_its_source(tmp_path):
