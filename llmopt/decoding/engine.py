@@ -139,7 +139,7 @@ class Engine:
                 self._advance()
         finally:
             self._abandon(requests)
-        return in_order(inbox.take(), requests)
+        return in_order(self._take(inbox), requests)
 
     def iterate(self, prompt: Prompt, **options: Any) -> Generator[Delta, None, None]:
         """Answer one prompt, step by step; closing the iterator cancels what is left."""
@@ -148,7 +148,8 @@ class Engine:
         try:
             while inbox.num_ended < len(requests):
                 self._advance()
-                yield from inbox.take()
+                yield from self._take(inbox)
+            yield from self._take(inbox)  # what another thread's steps gave while we were away
         finally:
             self._abandon(requests)
 
@@ -189,8 +190,7 @@ class Engine:
         except BaseException:
             self._outbox.error = None  # raised here and now
             raise
-        with self._state:
-            return self._outbox.take()
+        return self._take(self._outbox)
 
     def cancel(self, request_id: str) -> bool:
         """Take a request out, waiting or half answered; its pages are free at once.
@@ -207,6 +207,10 @@ class Engine:
                 delta = tracked.answer(sequence).cancel()
                 tracked.inbox.put(delta, is_last=sequence is sequences[-1])
             return True
+
+    def _take(self, inbox: Collected) -> list[Delta]:
+        with self._state:  # whichever thread steps fills it under the same lock
+            return inbox.take()
 
     def _advance(self) -> None:
         """One step: schedule → run → sample."""
@@ -323,7 +327,9 @@ class Engine:
                     return
             try:
                 self._advance()
-            except Exception:  # every request in flight got it, and its caller raises it
+            except BaseException:
+                # Every request in flight got it, and its caller raises it. Nothing ends this
+                # thread but the last stream's end: a stream that came now would wait for ever.
                 continue
 
 

@@ -56,7 +56,9 @@ class Collected:
 
 
 class Posted:
-    """An inbox that hands over to an event loop in another thread.
+    """An inbox that hands over to an event loop in another thread, while there is one.
+
+    What comes after the loop is closed is dropped: nobody is left to read it.
 
     Args:
         loop: in which :meth:`get` is awaited.
@@ -82,8 +84,11 @@ class Posted:
         return item
 
     def _post(self, item: tuple[Delta, bool] | BaseException) -> None:
-        if not self._loop.is_closed():  # nobody is left to read it
+        try:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        except RuntimeError:
+            if not self._loop.is_closed():  # asked afterwards: it may be closed at any time
+                raise
 
 
 @dataclass(slots=True)

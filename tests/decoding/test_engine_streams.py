@@ -12,7 +12,8 @@ from support.engines import random_prompts, tiny_engine
 
 from llmopt.decoding import Completion, Engine
 from llmopt.decoding.completion import Delta
-from llmopt.decoding.tracking import Posted
+from llmopt.decoding.sampling.parameters import parse_options
+from llmopt.decoding.tracking import Collected, Posted
 from llmopt.errors import BadInputError
 
 PROMPTS = random_prompts(5, longest=30, seed=2)
@@ -114,6 +115,55 @@ def test_what_nobody_can_read_any_more_is_dropped() -> None:
     inbox = Posted(loop)
     loop.close()
     inbox.fail(RuntimeError("late"))
+
+
+def test_nothing_is_lost_of_what_others_computed_meanwhile(engine: Engine) -> None:
+    (expected,) = engine.generate(PROMPTS[0], **OPTIONS)
+    deltas = engine.iterate(PROMPTS[0], **OPTIONS)
+    found = [next(deltas)]
+    engine.generate(PROMPTS[1], max_new_tokens=30, ignore_eos=True)  # to the end of both
+    assert not engine.has_work
+    found += deltas
+    assert [token for delta in found for token in delta.token_ids] == expected.token_ids
+    assert found[-1].completion is not None
+    assert found[-1].completion.token_ids == expected.token_ids
+
+
+def test_an_inbox_is_emptied_under_the_lock_that_it_is_filled_under(engine: Engine) -> None:
+    """Else a delta may be put into the list that was taken already."""
+    thread = threading.Thread(target=engine._take, args=(Collected(),))
+    with engine._state:
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_a_loop_that_closes_meanwhile_ends_nobody_else(engine: Engine) -> None:
+    class Closing(asyncio.SelectorEventLoop):
+        def call_soon_threadsafe(self, *args: Any, **options: Any) -> Any:
+            self.close()
+            return super().call_soon_threadsafe(*args, **options)
+
+    (expected,) = engine.generate(PROMPTS[0], **OPTIONS)
+    engine._enter([PROMPTS[1]], parse_options(OPTIONS), Posted(Closing()))
+    assert engine.generate(PROMPTS[0], **OPTIONS)[0].token_ids == expected.token_ids
+
+
+def test_what_ends_a_thread_ends_no_later_stream(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(step: object) -> None:
+        raise SystemExit(3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "run", leave)
+        with pytest.raises(SystemExit):
+            asyncio.run(text_of(engine, PROMPTS[0], **OPTIONS))
+    later = text_of(engine, PROMPTS[0], **OPTIONS)
+    (expected,) = engine.generate(PROMPTS[0], **OPTIONS)
+    assert asyncio.run(asyncio.wait_for(later, 30)) == expected.text
 
 
 def test_threads_may_generate_at_the_same_time(engine: Engine) -> None:
