@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -43,28 +44,21 @@ def find_scales(forwards: BlockForwards, dtype: torch.dtype) -> CacheScales:
         dtype: of the scales on disk; they are rounded up to it, so that the largest fits.
 
     Raises:
-        NumericalError: NaN or infinity among keys or values; the block is named.
+        NumericalError: NaN or infinity among keys or values; block and batch are named.
     """
     walker, block, module = forwards.walker, forwards.block, forwards.module
     structure = walker.structure
     largest = [0.0, 0.0]
-    see = partial(_note, largest)
     config = structure.skeleton.config
+    name = attention_names(structure)[block]
     for index in range(forwards.inputs.num_batches):
+        see = partial(_note, largest, f"{name} on batch {index} of the calibration text")
         with attention_through(config, see):
             try:
                 walker.forward(block, module, index, forwards.inputs.read(index))
             except _Seen:
                 continue
         raise AssertionError(f"{structure.block_prefix(block)} ran without its attention")
-    name = attention_names(structure)[block]
-    for part, value in zip(SCALE_PARTS, largest, strict=True):
-        if not value < float("inf"):
-            raise NumericalError(
-                f"{name} computes {'keys' if part == 'k_scale' else 'values'} of NaN or infinity "
-                "on the calibration text",
-                "check the source model",
-            )
     tensors = {
         f"{name}.{part}": scale_tensor(value, dtype)
         for part, value in zip(SCALE_PARTS, largest, strict=True)
@@ -84,11 +78,14 @@ def find_scales(forwards: BlockForwards, dtype: torch.dtype) -> CacheScales:
     )
 
 
-def _note(largest: list[float], _: int, keys: Tensor, values: Tensor) -> CacheView:
-    for index, tensor in enumerate((keys, values)):
+def _note(largest: list[float], place: str, _: int, keys: Tensor, values: Tensor) -> CacheView:
+    for index, (what, tensor) in enumerate((("keys", keys), ("values", values))):
         found = float(tensor.abs().max())
-        # A NaN is not lost among larger numbers: no comparison with it holds.
-        largest[index] = largest[index] if found <= largest[index] else found
+        if not math.isfinite(found):
+            raise NumericalError(
+                f"{place} computes {what} of NaN or infinity", "check the source model"
+            )
+        largest[index] = max(largest[index], found)
     raise _Seen
 
 

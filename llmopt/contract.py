@@ -21,6 +21,7 @@ from llmopt.kv_cache.settings import KVCacheSettings
 from llmopt.quantization.scheme import Scheme
 from llmopt.recipe import OutputSection, QuantizeStage, Recipe, matches
 from llmopt.report.schema import Consumer, ContractCheck
+from llmopt_evals.long_context import first_judged
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +93,11 @@ def _cache_checks(
     except BadInputError as error:
         faults.append(error.what)
     context = structure.context_length
-    if cache.kind == "int4" and context is not None:
-        first = cache.recent_window + cache.page_size - 1
-        if first >= context:
-            faults.append(
-                f"pages of {cache.page_size} and a window of {cache.recent_window} leave nothing "
-                f"to quantize in a context of {context}"
-            )
+    if context is not None and first_judged(context) < cache.first_quantized:
+        faults.append(
+            f"pages of {cache.page_size} and a window of {cache.recent_window} leave nothing "
+            f"quantized for some of the positions that a context of {context} is judged on"
+        )
     return (contract_check("kv cache", faults, f"{cache.label}; llmopt.decoding takes it"),)
 
 

@@ -149,6 +149,7 @@ def judge(
                 options=gate.long_context,
                 seed=gate.seed,
                 progress=progress,
+                first_quantized=cache.settings.first_quantized,
             )
         run = run_gate(
             reference,
@@ -188,12 +189,12 @@ def check_gate(
 
     Raises:
         EvaluationError: no margins for this width, a task that is unknown or cannot be run here,
-            too little text for the cloze items.
+            too little text for the cloze items, or for contexts that read a quantized cache.
     """
     criteria = gate.criteria(bits, cache)
     check_text(text, criteria, gate.cloze, gate.seed)
     if cache is not None:
-        check_cache_text(text, context_length, gate.long_context, gate.seed)
+        check_cache_text(text, context_length, gate.long_context, gate.seed, cache.first_quantized)
     check_tasks(gate)
 
 

@@ -31,6 +31,7 @@ from llmopt.stages import (
 )
 from llmopt_evals.cloze import ClozeOptions
 from llmopt_evals.criteria import (
+    CACHE_METRICS,
     Criteria,
     Criterion,
     Metric,
@@ -228,6 +229,12 @@ class Recipe(Section):
             raise ValueError(
                 "a GGUF file says nothing of its cache: llama.cpp takes it from its command line "
                 "(--cache-type-k, --cache-type-v); leave kv_cache out"
+            )
+        of_cache = [metric for metric in CACHE_METRICS if metric in self.gate.margins]
+        if of_cache and self.quantized_cache is None:
+            raise ValueError(
+                f"gate.margins has {', '.join(of_cache)}, which judges a quantized cache, and this "
+                "recipe has none; add a kv_cache section of kind fp8, int8 or int4, or leave it out"
             )
         if self.cache_scales and self.output.format != "compressed-tensors":
             raise ValueError(

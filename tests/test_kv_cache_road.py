@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from support.small_jobs import small_recipe, write_job, write_text
 from torch import Tensor
 
 import llmopt
+from llmopt.cache_scales import find_scales
 from llmopt.checkpoint.reader import open_checkpoint
 from llmopt.checkpoint.structure import read_structure
 from llmopt.comparison import compare
 from llmopt.conversion import plan_conversion
-from llmopt.errors import BadInputError, ContractError, RoundTripError
+from llmopt.errors import BadInputError, ContractError, NumericalError, RoundTripError
 from llmopt.evaluation import evaluate
 from llmopt.formats.dequantized import DequantizedSource
 from llmopt.formats.kv_cache import CONFIG_KEY, own_section, read_cache, read_settings, scale_tensor
@@ -28,10 +30,12 @@ from llmopt.pipeline import quantize
 from llmopt.recipe import Recipe, load_recipe, parse_recipe
 from llmopt.report.schema import Report
 from llmopt.scoring import WalkerScorer
+from llmopt.targets import checkpoint
 from llmopt.targets.checkpoint import CheckpointTarget
 from llmopt_evals.scorer import Branches
 
 LONG = {"max_tokens": 128, "num_contexts": 30, "recall_passages": 30, "recall_pairs": 4}
+CALIBRATION = {"num_samples": 6, "sequence_length": 64}
 MARGINS = {"kv_mean_kl": 9.0, "kv_recall_drop": 1.0}
 
 
@@ -228,10 +232,50 @@ def test_a_16_bit_cache_is_none_to_judge_or_record() -> None:
     assert scaled.calibrates and scaled.is_plain_rounding
 
 
-def test_a_window_that_leaves_nothing_to_quantize_is_refused(text: Path, tmp_path: Path) -> None:
-    short = write_job(tmp_path, max_position_embeddings=128)
-    with pytest.raises(ContractError, match="leave nothing to quantize in a context of 128"):
+@pytest.mark.parametrize("context", [128, 382])
+def test_a_window_that_leaves_nothing_to_quantize_is_refused(
+    text: Path, tmp_path: Path, context: int
+) -> None:
+    short = write_job(tmp_path, max_position_embeddings=context)
+    with pytest.raises(ContractError, match=f"positions that a context of {context} is judged on"):
         quantize(short, recipe(text, {"kind": "int4"}), tmp_path / "out")
+
+
+def test_contexts_too_short_for_the_window_are_refused_before_the_work(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    cache = {"kind": "int4", "page_size": 16, "recent_window": 64}  # first read of codes: 79
+    with pytest.raises(BadInputError, match="positions before 79 read nothing quantized"):
+        quantize(source, recipe(text, cache), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("planted", [float("nan"), float("inf")])
+def test_keys_of_nan_are_not_lost_behind_the_next_batch(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: float
+) -> None:
+    def find(forwards: Any, dtype: torch.dtype) -> Any:
+        """Over the one batch twice, the first time broken."""
+        walker = forwards.walker
+
+        def read(index: int) -> Tensor:
+            return forwards.inputs.read(0) * (planted if index == 0 else 1.0)
+
+        twice = SimpleNamespace(
+            walker=SimpleNamespace(
+                structure=walker.structure,
+                forward=lambda block, module, _, hidden: walker.forward(block, module, 0, hidden),
+            ),
+            block=forwards.block,
+            module=forwards.module,
+            inputs=SimpleNamespace(num_batches=2, read=read),
+        )
+        return find_scales(twice, dtype)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "find_scales", find)
+    asked = recipe(text, {"kind": "fp8"}, calibration=CALIBRATION | {"source": str(text)})
+    with pytest.raises(NumericalError, match=r"layers\.0\.self_attn on batch 0 .* keys of NaN"):
+        quantize(source, asked, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["int4-gptq-kv-fp8", "int4-gptq-kv-int8"])

@@ -48,6 +48,11 @@ def test_an_unknown_recipe_suggests_the_nearest() -> None:
         ({"gate": {"margins": {"mean_kl": float("nan")}}}, "margin"),
         ({"gate": {"margins": {"mean_kl": float("inf")}}}, "margin"),
         ({"gate": {"margins": {"task_accuracy_drop": 0.1}}}, "under `tasks`"),
+        ({"gate": {"margins": {"kv_mean_kl": 0.1}}}, "kv_mean_kl, which judges a quantized cache"),
+        (
+            {"gate": {"margins": {"kv_recall_drop": 0.1}}, "kv_cache": {"kind": "bf16"}},
+            "add a kv_cache section",
+        ),
         ({"gate": {"tasks": {"recall": float("nan")}}}, "margin"),
         ({"stages": [{**QUANTIZE, "ignore": ["re:["]}]}, "no regular expression"),
     ],

@@ -27,6 +27,8 @@ from llmopt_evals.statistics import Floats, Interval, ratio_interval, resample_c
 from llmopt_evals.units import HeldOutText
 from llmopt_evals.verdict import CacheResult, PositionBucket, RecallCell, RecallLength
 
+_FAR_BELOW = 2  # contexts of less than the model's own over this are worth a note
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CacheEvidence:
@@ -36,11 +38,13 @@ class CacheEvidence:
         label: the cache in words.
         divergence: over long contexts.
         recall: by length, longest last.
+        context_length: the model's own, or ``None`` without a limit.
     """
 
     label: str
     divergence: CacheDivergence
     recall: Sequence[RecallResult]
+    context_length: int | None = None
 
     @property
     def informative(self) -> list[RecallResult]:
@@ -75,6 +79,18 @@ class CacheEvidence:
 
     def notes(self) -> list[str]:
         """What was not judged, a sentence each."""
+        return [*self._length_notes(), *self._recall_notes()]
+
+    def _length_notes(self) -> list[str]:
+        judged, own = self.divergence.num_tokens, self.context_length
+        if own is None or _FAR_BELOW * judged >= own:
+            return []
+        return [
+            f"the cache was judged on contexts of {judged:,} tokens; nothing is said of longer "
+            f"ones, up to the model's own {own:,}"
+        ]
+
+    def _recall_notes(self) -> list[str]:
         without = [f"{r.num_tokens:,}" for r in self.recall if not r.is_informative]
         if not without:
             return []
@@ -107,14 +123,19 @@ class CacheEvidence:
 
 
 def check_cache_text(
-    text: HeldOutText, context_length: int | None, options: LongContextOptions, seed: int
+    text: HeldOutText,
+    context_length: int | None,
+    options: LongContextOptions,
+    seed: int,
+    first_quantized: int = 0,
 ) -> None:
     """Hold that a text is enough to judge a cache on, before any model is scored.
 
     Raises:
-        EvaluationError: too little or too uniform a text, too short a context.
+        EvaluationError: too little or too uniform a text, too short a context, positions that would
+            be judged and lie before ``first_quantized``, the first that reads anything quantized.
     """
-    num_tokens = context_tokens(text, context_length, options)
+    num_tokens = context_tokens(text, context_length, options, first_quantized)
     for length in recall_lengths(num_tokens, options.recall_pairs):
         make_passages(text, length, options, seed)
 
@@ -130,6 +151,7 @@ def measure_cache_evidence(
     options: LongContextOptions,
     seed: int,
     progress: Progress,
+    first_quantized: int = 0,
 ) -> CacheEvidence:
     """Score long contexts and recall passages.
 
@@ -143,19 +165,20 @@ def measure_cache_evidence(
         options: how much of it.
         seed: of joining, pairs and places.
         progress: told of both.
+        first_quantized: the first position whose query reads anything quantized.
 
     Raises:
-        EvaluationError: too little or too uniform a text.
+        EvaluationError: as ``check_cache_text``, before anything is scored.
         NotFiniteError: NaN or infinite logits; names the model.
     """
-    num_tokens = context_tokens(text, context_length, options)
+    num_tokens = context_tokens(text, context_length, options, first_quantized)
     progress("judge the cache", 0, 2)
     contexts = join_contexts(text, num_tokens, options.num_contexts, seed)
     divergence = measure_cache(contexts, candidate, sixteen_bit)
     progress("judge the cache", 1, 2)
     recall = measure_recall(text, num_tokens, reference, candidate, options, seed)
     progress("judge the cache", 2, 2)
-    return CacheEvidence(label, divergence, recall)
+    return CacheEvidence(label, divergence, recall, context_length)
 
 
 def _length(result: RecallResult) -> RecallLength:

@@ -43,6 +43,9 @@ BETTER: dict[Metric, Direction] = {
 }
 """Which way each metric is better."""
 
+CACHE_METRICS: tuple[Metric, ...] = ("kv_mean_kl", "kv_recall_drop")
+"""Of a quantized cache: judged on long contexts, not on the units."""
+
 
 class Criterion(BaseModel):
     """One metric and the value that its whole interval must stay on the good side of.

@@ -9,11 +9,10 @@ import numpy as np
 
 from llmopt_evals.cache_evidence import CacheEvidence
 from llmopt_evals.cloze import ClozeItem, ClozeOptions, make_items
-from llmopt_evals.criteria import Criteria, judge_all
+from llmopt_evals.criteria import CACHE_METRICS, Criteria, judge_all
 from llmopt_evals.errors import EvaluationError
 from llmopt_evals.evidence import Evidence, concatenate, measure
 from llmopt_evals.judging import (
-    CACHE_METRICS,
     LookLevels,
     PairedTask,
     judge_look,

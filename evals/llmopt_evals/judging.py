@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from llmopt_evals.cache_evidence import CacheEvidence
 from llmopt_evals.criteria import (
     BETTER,
+    CACHE_METRICS,
     Criteria,
     Criterion,
     RelativeCriterion,
@@ -31,9 +32,6 @@ from llmopt_evals.statistics import (
 )
 from llmopt_evals.units import MIN_UNITS
 from llmopt_evals.verdict import CriterionResult, NoiseBound
-
-CACHE_METRICS = ("kv_mean_kl", "kv_recall_drop")
-"""Judged on long contexts, not on the units."""
 
 _MAX_TASK_GROUPS = 500  # items are independent: resampling groups of them is as good, and small
 

@@ -69,13 +69,28 @@ class CacheDivergence:
         ]
 
 
+def first_judged(num_tokens: int) -> int:
+    """The first position of a context whose KL counts: its second half begins there."""
+    return (num_tokens - 1) // 2
+
+
 def context_tokens(
-    text: HeldOutText, context_length: int | None, options: LongContextOptions
+    text: HeldOutText,
+    context_length: int | None,
+    options: LongContextOptions,
+    first_quantized: int = 0,
 ) -> int:
     """Tokens of the contexts: the model's, as far as the options and the text go.
 
+    Args:
+        text: held out.
+        context_length: the model's, or ``None`` without a limit.
+        options: how much of it.
+        first_quantized: the first position whose query reads anything quantized of the cache.
+
     Raises:
-        EvaluationError: so little text that its contexts would be no long ones.
+        EvaluationError: so little text that its contexts would be no long ones, or contexts so
+            short that positions would be judged which read nothing quantized.
     """
     available = len(flatten(text)) // options.num_contexts + (text.bos_token_id is not None)
     wanted = min(context_length or options.max_tokens, options.max_tokens)
@@ -85,7 +100,20 @@ def context_tokens(
             f"quantized cache is judged on contexts of at least {MIN_CONTEXT_TOKENS}",
             "give more held-out text",
         )
-    return min(wanted, available)
+    num_tokens = min(wanted, available)
+    if first_judged(num_tokens) < first_quantized:
+        needed = 2 * first_quantized + 1
+        limit = "the model" if wanted == context_length else "gate.long_context.max_tokens"
+        limit = "the held-out text" if available < wanted else limit
+        raise EvaluationError(
+            f"the cache would be judged on contexts of {num_tokens:,} tokens, as {limit} allows, "
+            f"from position {first_judged(num_tokens):,} on, but positions before "
+            f"{first_quantized:,} read nothing quantized: that would judge the 16-bit cache",
+            f"see to contexts of {needed:,} tokens or more (more held-out text, a larger "
+            "gate.long_context.max_tokens), or choose a smaller kv_cache.recent_window or "
+            "kv_cache.page_size",
+        )
+    return num_tokens
 
 
 def flatten(text: HeldOutText, seed: int = 0) -> Tensor:
@@ -129,7 +157,7 @@ def measure_cache(
             parts.append(kl.clamp(min=0.0).cpu())
         rows.append(torch.cat(parts).numpy())
     by_position = np.stack(rows)
-    half = by_position[:, by_position.shape[1] // 2 :]
+    half = by_position[:, first_judged(len(contexts[0])) :]
     return CacheDivergence(
         num_tokens=len(contexts[0]),
         kl=half.sum(1, dtype=np.float64),

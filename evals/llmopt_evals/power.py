@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from llmopt_evals.criteria import Criteria, Criterion, Outcome, judge_all
+from llmopt_evals.criteria import CACHE_METRICS, Criteria, Criterion, Outcome, judge_all
 from llmopt_evals.evidence import Evidence
-from llmopt_evals.judging import CACHE_METRICS, LookLevels, judge_look, plan_looks
+from llmopt_evals.judging import LookLevels, judge_look, plan_looks
 from llmopt_evals.statistics import Floats, alpha_spending, resample_counts
 
 

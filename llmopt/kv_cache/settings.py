@@ -38,6 +38,11 @@ class KVCacheSettings:
         return self.kind == "fp8"
 
     @property
+    def first_quantized(self) -> int:
+        """The first position whose query reads codes: of int4 a page fills before the window."""
+        return self.recent_window + self.page_size - 1 if self.kind == "int4" else 0
+
+    @property
     def label(self) -> str:
         """In a few words: ``fp8``, ``int4, pages of 64, the last 128 in 16 bit``."""
         if self.kind != "int4":

@@ -4,6 +4,7 @@ import pytest
 
 from llmopt_evals.criteria import (
     BETTER,
+    CACHE_METRICS,
     Criteria,
     default_criteria,
     judge,
@@ -12,7 +13,6 @@ from llmopt_evals.criteria import (
     parse_criteria,
 )
 from llmopt_evals.errors import EvaluationError
-from llmopt_evals.judging import CACHE_METRICS
 from llmopt_evals.statistics import Interval
 
 JUST_ABOVE = 0.08000000000000002

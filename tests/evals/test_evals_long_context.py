@@ -12,6 +12,7 @@ from llmopt_evals.gate import run_gate
 from llmopt_evals.long_context import (
     LongContextOptions,
     context_tokens,
+    first_judged,
     join_contexts,
     measure_cache,
 )
@@ -99,6 +100,52 @@ def test_too_little_text_is_refused() -> None:
         recall_lengths(64, 16)
 
 
+@pytest.mark.parametrize(
+    ("model", "max_tokens", "limit"),
+    [(130, 512, "the model"), (4096, 130, "gate.long_context.max_tokens"), (None, 130, "gate")],
+)
+def test_contexts_that_read_nothing_quantized_are_refused_before_any_scoring(
+    model: int | None, max_tokens: int, limit: str
+) -> None:
+    options = OPTIONS.model_copy(update={"max_tokens": max_tokens})
+    # The half that counts begins at position 64: a page of 32 behind a window of 33 is full there.
+    assert context_tokens(held_out(), model, options, 64) == 130
+    with pytest.raises(EvaluationError, match=rf"130 tokens, as {limit}.* before 65 read") as error:
+        check_cache_text(held_out(), model, options, 0, first_quantized=65)
+    assert "131 tokens or more" in error.value.remedy
+    assert "kv_cache.recent_window" in error.value.remedy
+    with pytest.raises(EvaluationError, match="as the held-out text allows"):
+        context_tokens(held_out(30, 100), None, OPTIONS, 191)
+
+    class Untouched:
+        def score(self, sequences: list[Tensor]) -> Reader:
+            raise AssertionError("scored before it was refused")
+
+    with pytest.raises(EvaluationError, match="before 65 read nothing quantized"):
+        measure_cache_evidence(
+            "int4",
+            held_out(),
+            context_length=model,
+            reference=Untouched(),  # type: ignore[arg-type]
+            candidate=Untouched(),  # type: ignore[arg-type]
+            sixteen_bit=Untouched(),  # type: ignore[arg-type]
+            options=options,
+            seed=0,
+            progress=lambda label, done, total: None,
+            first_quantized=65,
+        )
+
+
+def test_the_position_from_which_contexts_are_refused_is_the_first_that_is_judged() -> None:
+    for num_tokens in (130, 131):
+        contexts = join_contexts(held_out(), num_tokens, 30, seed=0)
+        before = torch.zeros(30, num_tokens, VOCABULARY)
+        for position, counts in ((first_judged(num_tokens), True), (63, False)):
+            after = before.clone()
+            after[:, position, 0] = 3.0
+            assert (measure_cache(contexts, Fixed(after), Fixed(before)).kl > 0).all() == counts
+
+
 class Fixed:
     """Gives the same logits whatever it reads."""
 
@@ -162,11 +209,13 @@ def test_who_reads_all_recalls_all_and_who_reads_little_is_told_by_depth() -> No
     assert results[3].candidate_correct[near].mean() > 0.97
 
 
-def evidence(source: Reader, candidate: Reader, noise: float = 0.0) -> CacheEvidence:
+def evidence(
+    source: Reader, candidate: Reader, noise: float = 0.0, context_length: int = 400
+) -> CacheEvidence:
     return measure_cache_evidence(
         "int4",
         held_out(),
-        context_length=400,
+        context_length=context_length,
         reference=source,
         candidate=candidate,
         sixteen_bit=Reader(400, noise),
@@ -211,6 +260,15 @@ def test_recall_that_the_source_cannot_do_says_nothing() -> None:
     partly = gated(evidence(Reader(150), Reader(150)), "kv_recall_drop")
     assert [c.name for c in partly.criteria] == ["mean_kl", "kv_recall_drop"]
     assert any("not informative in passages of 400 tokens" in note for note in partly.notes)
+
+
+def test_contexts_far_below_the_models_own_are_noted() -> None:
+    for own, is_noted in ((1024, False), (1025, True)):
+        verdict = gated(evidence(Reader(400), Reader(400), context_length=own), "kv_mean_kl")
+        assert verdict.kv_cache is not None and verdict.kv_cache.num_context_tokens == 512
+        told = [note for note in verdict.notes if "contexts of 512 tokens" in note]
+        assert len(told) == is_noted
+        assert all("the model's own 1,025" in note for note in told)
 
 
 def test_criteria_on_a_cache_need_one() -> None:
