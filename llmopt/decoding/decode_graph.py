@@ -118,6 +118,8 @@ class DecodeGraphs:
                 self._forward(attention, token_ids, positions)
         torch.cuda.current_stream(self._device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # torch's own default is one stream for all captures, on the device of the first.
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=stream):
             logits = self._forward(attention, token_ids, positions)
         return _Captured(token_ids, positions, plans, graph, logits)

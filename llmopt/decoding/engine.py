@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmopt.decoding.completion import Completion, Delta
+from llmopt.decoding.context_length import choose_context
 from llmopt.decoding.kv_cache_config import KVCacheConfig
 from llmopt.decoding.limits import SchedulerOptions, check_request
 from llmopt.decoding.opening import open_model
@@ -50,7 +51,8 @@ class Engine:
         tokenizer: of the model, or its directory; ``None``: the model directory's.
         kv_cache: ``auto`` (what the directory's recipe was judged with, else the model's element
             type), ``bf16``, ``fp16``, ``fp32``, ``fp8``, ``int8``, ``int4``, or a config.
-        max_context: most tokens of prompt and answer; ``None``: what the model was made for.
+        max_context: most tokens of prompt and answer; ``None``: what the model was made for. With
+            longrope at most as many as its short factors are for.
         max_sequences: most answers that grow at a time; further requests wait.
         max_tokens_per_step: most tokens of one forward.
         prefill_chunk: most tokens of one prompt in one forward; ``None`` leaves it to the step.
@@ -81,7 +83,7 @@ class Engine:
     ) -> None:
         config = choose_cache(kv_cache, model)
         opened = open_model(model, tokenizer=tokenizer, dtype=dtype, device=device)
-        context = _context(max_context, opened.context_length)
+        context = choose_context(max_context, opened.model.config.get_text_config())
         options = SchedulerOptions(context, max_sequences, max_tokens_per_step, prefill_chunk)
         limits = choose_limits(opened.model, config, options, num_pages, kv_memory_bytes)
         self._opened = opened
@@ -220,6 +222,8 @@ class Engine:
                     step = self._scheduler.schedule()
                 if step.chunks:
                     logits = self._runner.run(step)
+                    if logits.is_cuda:  # wait for it here, where others may come and go
+                        torch.cuda.synchronize(logits.device)
                     with self._state:
                         self._sample(step, logits)
             except BaseException as error:
@@ -331,19 +335,3 @@ class Engine:
                 # Every request in flight got it, and its caller raises it. Nothing ends this
                 # thread but the last stream's end: a stream that came now would wait for ever.
                 continue
-
-
-def _context(asked: int | None, made_for: int | None) -> int:
-    if asked is None and made_for is None:
-        raise BadInputError(
-            "the model's config does not say how long a context it was made for",
-            "give max_context",
-        )
-    if asked is not None and made_for is not None and asked > made_for:
-        raise BadInputError(
-            f"max_context {asked} is more than the {made_for} tokens that the model was made for",
-            f"give at most {made_for}",
-        )
-    context = made_for if asked is None else asked
-    assert context is not None
-    return context

@@ -30,14 +30,12 @@ class OpenedModel:
         model: in evaluation mode.
         tokenizer: ``None`` where there is none; then prompts are token ids.
         eos_token_ids: what ends an answer.
-        context_length: tokens that the model was made for, if it says so.
         vocabulary_size: token ids are below it.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     eos_token_ids: frozenset[int]
-    context_length: int | None
     vocabulary_size: int
 
 
@@ -77,13 +75,11 @@ def open_model(
         model = source
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(Path(tokenizer)).tokenizer
-    config = model.config.get_text_config()
     embedding: Any = model.get_input_embeddings()
     return OpenedModel(
         model=model.train(False),
         tokenizer=tokenizer,
         eos_token_ids=frozenset(_eos_token_ids(model)),
-        context_length=getattr(config, "max_position_embeddings", None),
         vocabulary_size=embedding.weight.shape[0],
     )
 

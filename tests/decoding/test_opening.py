@@ -25,9 +25,10 @@ def test_a_checkpoint_is_opened_with_its_tokenizer(architecture: str, tmp_path: 
     source = write_job(tmp_path, architecture)
     opened = open_model(str(source))
     assert opened.tokenizer is not None and opened.vocabulary_size == VOCAB_SIZE
-    assert opened.context_length == 256 and not opened.model.training
+    assert not opened.model.training
     assert opened.model.dtype == torch.bfloat16
     engine = Engine(source, dtype="float32", num_pages=8)
+    assert engine.max_context == 256
     expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     for prompt, answer in zip(
         prompts := random_prompts(2), engine.generate(prompts, max_new_tokens=8), strict=True

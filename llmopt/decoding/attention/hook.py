@@ -186,10 +186,17 @@ def _attention(
             f"{', '.join(_unknown(options))}",
             REMEDY,
         )
+    attends = _attends.get(None)
+    if attends is None:
+        raise BadInputError(
+            f"{type(module).__name__} is called while an engine runs its model in another thread: "
+            "for so long the model's attention is the engine's",
+            "call the model when no request is in flight, or a copy.deepcopy of it",
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer: Any = module.layer_idx
     call = Call(layer, query[0], key[0], value[0], scale, softcap, s_aux, sliding_window)
-    return _attends.get()(call)[None], None
+    return attends(call)[None], None
 
 
 def _unknown(options: Mapping[str, Any]) -> list[str]:

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from support.tiny_models import CONFIGS, build_model
 from torch import Tensor
 
-from llmopt.decoding.attention.hook import NAME, Call, attending
+from llmopt.decoding.attention.hook import NAME, Call, attending, configs_of
+from llmopt.errors import BadInputError
 
 
 def answer(call: Call) -> Tensor:
@@ -64,3 +67,21 @@ def test_it_stays_until_the_last_thread_leaves(first_out: int) -> None:
     leave[1 - first_out].set()
     threads[1 - first_out].join(30)
     assert names(given) == ["sdpa", "eager"]
+
+
+def test_who_calls_the_model_meanwhile_is_told_what_to_do() -> None:
+    model = build_model(CONFIGS["llama"]())
+    caught: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            model(torch.tensor([[3, 4]]))
+        except Exception as error:
+            caught.append(error)
+
+    with attending(configs_of(model), answer):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join(30)
+    assert [type(error) for error in caught] == [BadInputError]
+    assert "another thread" in str(caught[0]) and "copy.deepcopy" in str(caught[0])
