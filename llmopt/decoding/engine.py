@@ -265,14 +265,10 @@ class Engine:
         self, prompts: AnySequence[Prompt], parameters: SamplingParameters, inbox: Inbox
     ) -> list[str]:
         """Queue prompts, all of them or none; returns the requests' ids."""
+        names = [f"prompt {i}" if len(prompts) > 1 else "the prompt" for i in range(len(prompts))]
         encoded = [
-            encode_prompt(
-                prompt,
-                self._opened.tokenizer,
-                self._opened.vocabulary_size,
-                f"prompt {index}" if len(prompts) > 1 else "the prompt",
-            )
-            for index, prompt in enumerate(prompts)
+            encode_prompt(prompt, self._opened.tokenizer, self._opened.vocabulary_size, name)
+            for prompt, name in zip(prompts, names, strict=True)
         ]
         if parameters.stop and self._opened.tokenizer is None:
             raise BadInputError(
@@ -281,8 +277,8 @@ class Engine:
             )
         with self._state:
             requests = [self._request(token_ids, parameters) for token_ids in encoded]
-            for request in requests:
-                check_request(request, self._scheduler.options, self._scheduler.pages)
+            for request, name in zip(requests, names, strict=True):
+                check_request(request, self._scheduler.options, self._scheduler.pages, name)
             for request in requests:
                 self._scheduler.submit(request)
                 self._tracked[request.request_id] = self._track(request, parameters, inbox)
@@ -316,6 +312,7 @@ class Engine:
                 self._scheduler.cancel(request_id)
                 tracked.inbox.fail(error)
             self._tracked.clear()
+            self._scheduler.pages.forget()  # who reads NaN gets NaN, however good the prompt
 
     def _start_driver(self) -> None:
         with self._state:

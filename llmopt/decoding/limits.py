@@ -44,13 +44,22 @@ class SchedulerOptions:
         return min(self.prefill_chunk or self.max_tokens_per_step, self.max_tokens_per_step)
 
 
-def check_request(request: Request, options: SchedulerOptions, pages: PageManager) -> None:
+def check_request(
+    request: Request, options: SchedulerOptions, pages: PageManager, name: str = ""
+) -> None:
     """Refuse what could never be answered.
+
+    Args:
+        request: what is asked for.
+        options: what the user lets the scheduler do.
+        pages: of all pools.
+        name: of the request in errors; by its id if not given.
 
     Raises:
         BadInputError: the prompt is empty, or the request is past a limit or the pools' size.
     """
-    name, num_prompt = f"request {request.request_id!r}", len(request.prompt_token_ids)
+    name = name or f"request {request.request_id!r}"
+    num_prompt = len(request.prompt_token_ids)
     if not num_prompt:
         raise BadInputError(f"{name}: the prompt is empty", "give at least one token")
     if request.max_new_tokens < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmopt.errors import BadInputError
@@ -17,11 +17,13 @@ def split_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list of prompts.
 
     Raises:
-        BadInputError: none at all.
+        BadInputError: none at all, or something else.
     """
     prompts = _plain(prompts)
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise _no_prompt("prompts", prompts)
     listed = [_plain(prompt) for prompt in prompts]
     if not listed:
         raise BadInputError("there is no prompt: the list is empty", "give at least one prompt")
@@ -34,9 +36,12 @@ def encode_prompt(
     """The token ids of a prompt; a text's with what the tokenizer puts around it.
 
     Raises:
-        BadInputError: an empty prompt, a text without a tokenizer, or ids that the model lacks.
+        BadInputError: something else, an empty prompt, a text without a tokenizer, or ids that the
+            model lacks.
     """
     prompt = _plain(prompt)
+    if not isinstance(prompt, str | Sequence):
+        raise _no_prompt(where, prompt)
     if not len(prompt):
         raise BadInputError(
             f"{where} is empty",
@@ -69,6 +74,13 @@ def encode_prompt(
             f"{where} has no tokens: its text is nothing to the tokenizer", "give some text"
         )
     return tuple(token_ids)
+
+
+def _no_prompt(where: str, value: object) -> BadInputError:
+    return BadInputError(
+        f"{where} is {value!r}, a {type(value).__name__}",
+        "give a prompt as text or as a list of token ids, or a list of prompts",
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -86,9 +86,9 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
         self.capture_refusal = refusal(model) if self._by_kernels and capture else None
         if self._by_kernels and capture and self.capture_refusal is None:
-            positions: int = model.config.get_text_config().max_position_embeddings
-            most = max(group.num_pages for group in self.groups)
-            pages = min(most, -(-positions // config.page_size))
+            pages = max(group.num_pages for group in self.groups)
+            if limits.max_context is not None:
+                pages = min(pages, -(-limits.max_context // config.page_size))
             self.graphs = DecodeGraphs(self._forward, self.store, pages, self._device)
 
     def run(self, step: ScheduledStep) -> Tensor:

@@ -40,7 +40,11 @@ def choose_limits(
 
     def limits(num_pages: int | None, memory_bytes: int | None) -> PoolLimits:
         return PoolLimits(
-            num_pages, memory_bytes, options.max_sequences, options.max_tokens_per_step
+            num_pages,
+            memory_bytes,
+            options.max_sequences,
+            options.max_tokens_per_step,
+            options.max_context,
         )
 
     if num_pages is not None or memory_bytes is not None:

@@ -31,6 +31,11 @@ def engine() -> Engine:
         ([5, 512], {}, ["token 512", "place 1", "0 to 511"]),
         ([5, -1], {}, ["token -1"]),
         ([5, 1.5], {}, ["1.5"]),
+        (["kato", 1], {}, ["prompt 1 is 1,", "list of token ids"]),
+        ([[5], None], {}, ["prompt 1 is None", "list of token ids"]),
+        (None, {}, ["prompts is None", "list of token ids"]),
+        (7, {}, ["prompts is 7", "list of token ids"]),
+        (torch.tensor(7), {}, ["prompts is 7", "list of token ids"]),
         ([5], {"max_token": 5}, ["max_token", "max_new_tokens"]),
         ([5], {"top_p": 0.5}, ["top_p", "temperature"]),
         ([5], {"n": 99}, ["99 samples", "max_sequences"]),
@@ -48,12 +53,21 @@ def test_a_request_that_cannot_be_answered_is_refused(
 
 
 def test_one_bad_prompt_refuses_the_whole_list_before_any_is_answered(engine: Engine) -> None:
-    with pytest.raises(BadInputError, match="300 tokens of prompt"):
+    with pytest.raises(BadInputError, match="prompt 1: 300 tokens of prompt"):
         engine.generate([[5], [5] * 300, [6]])
+    with pytest.raises(BadInputError, match="the prompt: 300 tokens of prompt"):
+        engine.submit([5] * 300)
     assert not engine.has_work
     with pytest.raises(BadInputError, match="unknown option"):
         engine.submit([5], maxnew=3)
     assert not engine.has_work and engine.step() == []
+
+
+@pytest.mark.parametrize("prompt", [None, 7])
+def test_one_prompt_alone_is_text_or_ids(engine: Engine, prompt: Any) -> None:
+    with pytest.raises(BadInputError, match=f"the prompt is {prompt},"):
+        engine.submit(prompt)
+    assert not engine.has_work
 
 
 def test_a_pool_too_small_for_one_request_is_told_at_once() -> None:
@@ -130,6 +144,20 @@ def test_a_step_that_fails_ends_every_request_and_gives_all_pages_back(
     assert not engine.cancel(submitted)
     again = engine.generate(prompts, max_new_tokens=6, ignore_eos=True)
     assert [a.token_ids for a in again] == [a.token_ids for a in expected]
+
+
+def test_what_a_failed_step_left_in_the_cache_is_not_reused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = tiny_engine()
+    (expected,) = tiny_engine().generate([7] * 40, max_new_tokens=4, ignore_eos=True)
+    values = tiny_model().model.layers[0].self_attn.v_proj
+    with monkeypatch.context() as patch:
+        patch.setattr(values, "forward", lambda hidden: hidden[..., :16] * torch.nan)
+        with pytest.raises(NumericalError):
+            engine.generate([7] * 40, max_new_tokens=4)
+    (answer,) = engine.generate([7] * 40, max_new_tokens=4, ignore_eos=True)
+    assert answer.token_ids == expected.token_ids
 
 
 def test_the_tokenizer_may_be_a_directory_and_must_be_there(tmp_path: Any) -> None:

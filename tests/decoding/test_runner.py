@@ -7,10 +7,12 @@ from support.tiny_models import CONFIGS, build_model
 
 from llmopt.decoding.kv.layout import PoolLimits
 from llmopt.decoding.kv_cache_config import HeadScales, KVCacheConfig
+from llmopt.decoding.limits import SchedulerOptions
 from llmopt.decoding.paging.groups import PageCopy, PageTable
 from llmopt.decoding.runner import Runner
 from llmopt.decoding.scheduler import ScheduledChunk, ScheduledStep
 from llmopt.decoding.sequence import Request, Sequence
+from llmopt.decoding.sizing import choose_limits
 from llmopt.errors import BadInputError
 
 PROMPTS = [[5, 9, 11], list(range(20, 61)), [7] * 18 + [3, 4], [42]]
@@ -179,6 +181,16 @@ def test_kernels_and_graphs_say_what_the_cpu_says(kind):
     assert len(errors) > 2 * NEW_TOKENS
     # Mean error of a row of logits, whose spread is 1.5; a page or a scale mistaken gives 0.3.
     assert max(errors) < 0.1, errors
+
+
+def test_graphs_are_as_long_as_the_context_that_is_served():
+    model = build_model(CONFIGS["llama"](head_dim=64)).half()  # made for 256 tokens
+    config, options = KVCacheConfig(page_size=16), SchedulerOptions(max_context=40)
+    limits = choose_limits(model, config, options, num_pages=64, memory_bytes=None)
+    runner = Runner(model, config, limits, backend="kernels")
+    sequence = Sequence(Request("0", (5,), 1), 0, 0, token_ids=[5] * 64)
+    assert runner.graphs.takes([ScheduledChunk(sequence, 47, 1, {})])
+    assert not runner.graphs.takes([ScheduledChunk(sequence, 48, 1, {})])  # three pages
 
 
 def test_the_kernels_refuse_what_they_do_not_take():

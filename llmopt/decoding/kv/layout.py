@@ -43,12 +43,14 @@ class PoolLimits:
         memory_bytes: of all pools together, at most.
         max_sequences: that run at once; windowed groups need no more pages than these use.
         max_tokens_per_step: likewise.
+        max_context: most tokens of a sequence; None: what the pools hold.
     """
 
     num_pages: int | None = None
     memory_bytes: int | None = None
     max_sequences: int = 16
     max_tokens_per_step: int = 512
+    max_context: int | None = None
 
 
 def place_layers(layers: Sequence[AttentionLayer], config: KVCacheConfig) -> tuple[LayerPlace, ...]:

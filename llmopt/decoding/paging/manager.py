@@ -266,6 +266,11 @@ class PageManager:
         for pool, pages in zip(self._pools, held.pages, strict=True):
             self._drop(pool, pages, range(len(pages)))
 
+    def forget(self) -> None:
+        """Let no content be found again that is in the pages now: it may be wrong."""
+        for pool in self._pools:
+            pool.forget()
+
     def _each(self) -> Iterator[tuple[PageGroup, PagePool]]:
         """The groups with their pools."""
         return zip(self.groups, self._pools, strict=True)

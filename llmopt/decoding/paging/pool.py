@@ -101,6 +101,12 @@ class PagePool:
             self._pages[digest] = page
             self._digests[page] = digest
 
+    def forget(self) -> None:
+        """Drop what is known of all pages' contents, those of held pages too."""
+        self._digests = [None] * self.num_pages
+        self._pages.clear()
+        self._released = [0] * self.num_pages
+
     def find(self, digest: bytes) -> int | None:
         """The page with this content, held or free."""
         return self._pages.get(digest)

@@ -117,3 +117,17 @@ def test_of_equal_contents_one_page_is_known() -> None:
     pool.release(second)
     assert pool.allocate(1) == [second]
     assert pool.find(b"a") == first
+
+
+def test_what_is_forgotten_is_not_found_and_the_pages_go_on() -> None:
+    pool = PagePool(3)
+    held, free = pool.allocate(2)
+    pool.publish(held, b"held")
+    pool.publish(free, b"free")
+    pool.release(free)
+    pool.forget()
+    assert pool.find(b"held") is None and pool.find(b"free") is None
+    pool.publish(held, b"anew")
+    assert pool.find(b"anew") == held
+    pool.release(held)
+    assert sorted(pool.allocate(3)) == [0, 1, 2] and pool.find(b"anew") is None
