@@ -175,7 +175,7 @@ def test_the_config_says_that_it_is_grown_and_the_cache_makes_it_once(
 
 def quantized_logits(model: Path, recipe: Path, output: Path) -> torch.Tensor:
     calibration = torch.randint(VOCAB_SIZE, (4, 64), generator=torch.Generator().manual_seed(2))
-    made = quantized_files(model, str(recipe), output, tokens=calibration)
+    made = quantized_files(model, str(recipe), output, torch.bfloat16, tokens=calibration)
     assert made.is_packed
     packed = load(output, dtype=torch.float32)
     with torch.inference_mode():

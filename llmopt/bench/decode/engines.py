@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from llmopt.bench.decode.workloads import CHECK, MIXED
-from llmopt.bench.environments import STAMP, BuildError, build, frozen_environment
+from llmopt.bench.environments import (
+    STAMP,
+    BuildError,
+    build,
+    clean_variables,
+    frozen_environment,
+)
 from llmopt.bench.naming import known
 from llmopt.bench.peers import REQUIREMENTS
 
@@ -17,7 +24,8 @@ Weights = Literal["16-bit", "int4"]
 WEIGHTS: tuple[Weights, ...] = ("16-bit", "int4")
 KV_KINDS = ("16-bit", "fp8", "int8", "int4")
 PEERS = ("transformers", "llama.cpp", "vllm")
-LLMOPT = "llmopt"
+LLMOPT, LLAMA_CPP = "llmopt", "llama.cpp"
+_CPU_ALONE = 3
 CELLS = "cells"
 """Stands for all workloads of a batch and a context."""
 
@@ -38,6 +46,7 @@ class Entry:
             else has the same weights.
         workloads: what it runs beside the check.
         options: what only its runner knows.
+        gpu_check: Python that ends with status 3 in an environment built for the CPU alone.
     """
 
     engine: str
@@ -50,6 +59,7 @@ class Entry:
     reference: str | None = None
     workloads: tuple[str, ...] = (CELLS, MIXED)
     options: dict[str, str] = field(default_factory=dict)
+    gpu_check: str = ""
 
     @property
     def name(self) -> str:
@@ -76,6 +86,27 @@ class Entry:
             return build(environment)
         except OSError as error:
             raise BuildError(f"{self.environment}: {error}") from error
+
+    def check_device(self, python: Path, kind: str) -> None:
+        """Hold that an interpreter's engine computes on ``cpu`` or ``cuda``.
+
+        Raises:
+            BuildError: it was built for the CPU alone, so that its rows would be of that.
+        """
+        if kind == "cpu" or not self.gpu_check:
+            return
+        asked = subprocess.run(
+            [python, "-c", self.gpu_check],
+            env=clean_variables(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+        if asked.returncode == _CPU_ALONE:
+            raise BuildError(f"{self.engine} is built for the CPU alone in {python.parent.parent}")
+        if asked.returncode:
+            told = asked.stderr.decode(errors="replace").strip()
+            raise BuildError(f"{self.engine} cannot tell whether it computes on {kind}: {told}")
 
 
 def plan_entries(
@@ -118,7 +149,7 @@ def plan_entries(
             for variant, workloads in ways
             if kind == "16-bit" or variant == "sequential"
         ]
-    if "llama.cpp" in peers:
+    if LLAMA_CPP in peers:
         entries += [_llama_cpp(kind, kv) for kind in gguf for kv in _shared(kvs, kind)]
     if "vllm" in peers:
         entries += [
@@ -128,6 +159,8 @@ def plan_entries(
                 kind,
                 environment="vllm",
                 is_built_on_demand=False,
+                gpu_check="from vllm.platforms import current_platform as p; "
+                "raise SystemExit(3 * (not p.is_cuda()))",
                 reference=kind,
             )
             for kind in weights
@@ -147,11 +180,13 @@ def check_choices(names: Sequence[str], choices: Sequence[str], kind: str) -> tu
 def _llama_cpp(kind: str, kv: str) -> Entry:
     plain = kind in ("BF16", "F16", "F32")
     return Entry(
-        "llama.cpp",
+        LLAMA_CPP,
         "decode_llama_cpp",
         kind,
         kv,
         environment="llama-cpp",
+        gpu_check="import llama_cpp as l; "
+        "raise SystemExit(3 * (not l.llama_supports_gpu_offload()))",
         reference="16-bit" if plain else None,
     )
 

@@ -50,19 +50,20 @@ class ModelFiles:
     is_packed: bool = False
 
 
-def plain_files(model: Path) -> ModelFiles:
-    """A checkpoint as it lies there.
+def plain_files(model: Path, dtype: torch.dtype) -> ModelFiles:
+    """A checkpoint as it lies there, which engines open in ``dtype``.
 
     Raises:
         BadInputError: it cannot be opened.
     """
-    return ModelFiles(model, checkpoint_read_bytes(model))
+    return ModelFiles(model, checkpoint_read_bytes(model, dtype))
 
 
 def quantized_files(
     model: Path,
     recipe_name: str,
     folder: Path,
+    dtype: torch.dtype,
     progress: Progress = silent,
     tokens: Tensor | None = None,
 ) -> ModelFiles:
@@ -72,6 +73,7 @@ def quantized_files(
         model: folder of the source.
         recipe_name: of llmopt's, or a path.
         folder: to write.
+        dtype: in which engines open what is not quantized.
         progress: told of every block.
         tokens: ``(samples, length) int64`` for a recipe that calibrates, in place of the
             built-in text's.
@@ -91,7 +93,7 @@ def quantized_files(
         write_parts(job, artifact, progress)
         finish(job, artifact, progress)
         os.replace(artifact.directory, folder)
-    return ModelFiles(folder, checkpoint_read_bytes(folder), is_packed=True)
+    return ModelFiles(folder, checkpoint_read_bytes(folder, dtype), is_packed=True)
 
 
 def gguf_files(model: Path, kind: str, path: Path) -> ModelFiles:
@@ -122,13 +124,23 @@ def gguf_files(model: Path, kind: str, path: Path) -> ModelFiles:
     return ModelFiles(path, gguf_read_bytes(path))
 
 
-def checkpoint_read_bytes(model: Path) -> int:
-    """Bytes of all tensors, less the embedding where the head is another."""
+def checkpoint_read_bytes(model: Path, dtype: torch.dtype) -> int:
+    """Bytes of all tensors in memory, less the embedding where the head is another.
+
+    Floating-point tensors are opened in ``dtype``; codes and their scales stay as they lie there.
+    """
     reader = open_checkpoint(model)
     names = reader.names
     has_head = any(name.startswith("lm_head.") for name in names)
+
+    def opened_bytes(name: str) -> int:
+        info = reader.info(name)
+        if not info.dtype.is_floating_point or "scale" in name.rpartition(".")[2]:
+            return info.num_bytes
+        return info.num_parameters * dtype.itemsize
+
     return sum(
-        reader.info(name).num_bytes
+        opened_bytes(name)
         for name in names
         if not (has_head and name.endswith("embed_tokens.weight"))
     )

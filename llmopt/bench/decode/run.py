@@ -12,7 +12,7 @@ import torch
 
 from llmopt.bench.decode.agreement import Agreement, compare
 from llmopt.bench.decode.break_even import sentences
-from llmopt.bench.decode.engines import Entry
+from llmopt.bench.decode.engines import LLAMA_CPP, Entry
 from llmopt.bench.decode.measuring import Answer, DecodeRequest, Heard, ask
 from llmopt.bench.decode.models import (
     ModelFiles,
@@ -55,7 +55,7 @@ class DecodeOptions:
         repeats: runs that count.
         threads: of every engine.
         dtype: of activations and 16-bit weights, as torch calls it.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
         recipe: that gives the INT4 weights.
         timeout_s: after which an engine's process is ended; none waits.
         runners: folder of the engines' scripts.
@@ -104,7 +104,7 @@ def bench_decode(options: DecodeOptions, progress: Progress = silent) -> DecodeR
         dtype=options.dtype,
         new_tokens=options.new_tokens,
         device=options.device,
-        machine=torch.cuda.get_device_name() if options.device == "cuda" else machine_name(),
+        machine=_machine(torch.device(options.device)),
         threads=options.threads,
         bandwidth=measure_bandwidth(options.threads, options.device),
         python=platform.python_version(),
@@ -135,12 +135,16 @@ def write_decode_reports(folder: Path, report: DecodeReport) -> None:
     write_decode_page(folder / PAGE_NAME, report)
 
 
-def _check_contexts(options: DecodeOptions, structure: ModelStructure) -> int:
-    """The model's context; every request must fit into it."""
+def _machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine_name()
+
+
+def _check_contexts(options: DecodeOptions, structure: ModelStructure) -> int | None:
+    """The model's context, if it has one; every request must fit into it."""
     own = structure.context_length
     needed = max(options.contexts) + options.new_tokens
     if own is None or own >= needed:
-        return own or needed
+        return own
     raise BadInputError(
         f"a context of {max(options.contexts):,} and {options.new_tokens} new tokens are more than "
         f"the {own:,} that the model was made for",
@@ -162,8 +166,18 @@ class _Run:
     references: dict[str, Answer] = field(default_factory=dict)
 
     @property
-    def shape(self) -> CacheShape:
-        return cache_shape(self.structure.text_config)
+    def device_kind(self) -> str:
+        return torch.device(self.options.device).type
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.options.dtype)
+        return found
+
+    def shape(self, entry: Entry) -> CacheShape:
+        # llama.cpp's plain cache is of F16, whatever the others compute in.
+        plain_bytes = 2 if entry.engine == LLAMA_CPP else self.dtype.itemsize
+        return cache_shape(self.structure.text_config, plain_bytes)
 
     def rows(self, entry: Entry) -> list[DecodeRow]:
         """Those of an engine, one for each of its workloads but the check."""
@@ -171,6 +185,7 @@ class _Run:
         wanted = [workload for workload in asked if workload.name != CHECK]
         try:
             python = entry.python()
+            entry.check_device(python, self.device_kind)
         except BuildError as error:
             return [self._row(entry, load, "unavailable", str(error)) for load in wanted]
         try:
@@ -195,10 +210,12 @@ class _Run:
         if weights not in self.files:
             model = self.options.model
             if weights == "16-bit":
-                made = plain_files(model)
+                made = plain_files(model, self.dtype)
             elif weights == "int4":
                 folder = self.scratch / "int4"
-                made = quantized_files(model, self.options.recipe, folder, self.progress)
+                made = quantized_files(
+                    model, self.options.recipe, folder, self.dtype, self.progress
+                )
             else:
                 made = gguf_files(model, weights, self.scratch / f"{weights}.gguf")
             self.files[weights] = made
@@ -218,7 +235,8 @@ class _Run:
             max_context=max(load.longest for load in asked),
             max_sequences=max(load.batch for load in asked),
             kv_bytes=max(
-                int(load.batch * self.shape.read_bytes("16-bit", load.longest)) for load in asked
+                int(load.batch * self.shape(entry).read_bytes("16-bit", load.longest))
+                for load in asked
             ),
             workloads=tuple(asked),
             options=entry.options,
@@ -252,7 +270,7 @@ class _Run:
         answer = heard.answers[load.name]
         step_bytes = floor = None
         if load.name != MIXED:
-            cached = load.batch * self.shape.read_bytes(entry.kv, load.mean_context)
+            cached = load.batch * self.shape(entry).read_bytes(entry.kv, load.mean_context)
             step_bytes = files.read_bytes + cached
             floor = load.batch * self.setting.bandwidth.bytes_per_s / step_bytes
         return replace(
@@ -261,7 +279,7 @@ class _Run:
             timing=summarise(answer.times_s, whole=load.name == MIXED),
             # A GPU's counter knows nothing of the interpreter.
             peak_bytes=answer.peak_bytes
-            - (heard.opened.own_rss_bytes if self.options.device == "cpu" else 0),
+            - (heard.opened.own_rss_bytes if self.device_kind == "cpu" else 0),
             step_bytes=step_bytes,
             floor_tokens_per_s=floor,
             agreement=agreement,

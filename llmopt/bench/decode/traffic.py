@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-KV_ELEMENT_BYTES: Mapping[str, float] = {"16-bit": 2, "fp8": 1, "int8": 1, "int4": 0.5}
-RECENT_WINDOW = 128
-"""Tokens that an int4 cache keeps in 16 bit."""
-KEY_GROUP = 64
-"""Tokens of an int4 cache whose keys share a scale."""
+from llmopt.decoding.kv_cache_config import KVCacheConfig
 
+_ENGINE = KVCacheConfig()  # what llmopt's engine does unasked
 _FLOAT_BYTES = 4
 _PROBE_BYTES = 1 << 29
 _PROBE_REPEATS = 9
@@ -48,11 +45,13 @@ class CacheShape:
         kv_heads: of a layer.
         head_dim: channels of one.
         windows: of every layer; none looks back to the start.
+        plain_bytes: of an element that is not quantized.
     """
 
     kv_heads: int
     head_dim: int
     windows: tuple[int | None, ...]
+    plain_bytes: int = 2
 
     def read_bytes(self, kv: str, context: float) -> float:
         """What one sequence's step reads at a context of so many tokens."""
@@ -62,20 +61,20 @@ class CacheShape:
 
     def _layer_bytes(self, kv: str, tokens: float) -> float:
         vectors = 2 * self.kv_heads  # a key and a value for each head
-        plain = vectors * self.head_dim * KV_ELEMENT_BYTES["16-bit"]
+        plain = vectors * self.head_dim * self.plain_bytes
         if kv == "int8":
             return tokens * vectors * (self.head_dim + _FLOAT_BYTES)
         if kv == "int4":
-            old = max(0.0, tokens - RECENT_WINDOW)
+            old = max(0.0, tokens - _ENGINE.recent_window)
             codes = vectors * self.head_dim / 2
             # Scale and minimum: of a value by token, of a key by channel over a group of tokens.
             by_value = 2 * _FLOAT_BYTES * self.kv_heads
-            by_key = 2 * _FLOAT_BYTES * self.kv_heads * self.head_dim / KEY_GROUP
+            by_key = 2 * _FLOAT_BYTES * self.kv_heads * self.head_dim / _ENGINE.page_size
             return old * (codes + by_value + by_key) + (tokens - old) * plain
-        return tokens * vectors * self.head_dim * KV_ELEMENT_BYTES[kv]
+        return tokens * (vectors * self.head_dim if kv == "fp8" else plain)
 
 
-def cache_shape(config: Any) -> CacheShape:
+def cache_shape(config: Any, plain_bytes: int = 2) -> CacheShape:
     """Of a text model's transformers config."""
     heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -87,6 +86,7 @@ def cache_shape(config: Any) -> CacheShape:
         int(getattr(config, "num_key_value_heads", None) or heads),
         int(head_dim),
         tuple(window if kind == "sliding_attention" else None for kind in types),
+        plain_bytes,
     )
 
 

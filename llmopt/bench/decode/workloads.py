@@ -15,8 +15,10 @@ CHECK = "check"
 MIXED = "mixed"
 CHECK_LENGTHS = (17, 64, 130, 200)
 CHECK_TOKENS = 32
+CHECK_LONGEST = 1024  # no prompt of the check is longer, whatever is measured
 MIXED_REQUESTS = 16
 MIXED_LONGEST = 1024  # no prompt of the mixed requests is longer
+_MIXED_SHORTEST = 16
 _MIXED_NEW = (16, 128)
 
 
@@ -69,7 +71,7 @@ def plan_workloads(
     contexts: Sequence[int],
     new_tokens: int,
     repeats: int,
-    longest: int,
+    longest: int | None,
     seed: int = 0,
 ) -> list[Workload]:
     """The check, a cell for every batch and context, and the mixed requests.
@@ -80,14 +82,30 @@ def plan_workloads(
         contexts: tokens of a prompt.
         new_tokens: that each request of a cell wants.
         repeats: runs that count.
-        longest: context of the model; the mixed requests keep to it.
+        longest: context of the model, if it has one; the mixed requests and the check keep to it.
         seed: of the mixed requests' lengths.
+
+    Raises:
+        BadInputError: too little text for a prompt, a single new token (nothing lies between it
+            and the next), a context too short for mixed requests.
     """
+    if new_tokens < 2:
+        raise BadInputError(
+            f"{new_tokens} new tokens have no time between two tokens", "ask for 2 or more"
+        )
+    most = MIXED_LONGEST if longest is None else min(MIXED_LONGEST, longest - _MIXED_NEW[1])
+    if most <= _MIXED_SHORTEST:
+        raise BadInputError(
+            f"a model's context of {longest} leaves mixed requests of up to {_MIXED_NEW[1]} new "
+            f"tokens no prompts of more than {_MIXED_SHORTEST}",
+            f"choose a model with a context of more than {_MIXED_NEW[1] + _MIXED_SHORTEST}",
+        )
     prompts = _Prompts(stream)
+    check_lengths = _check_lengths(contexts, longest)
     check = Workload(
         CHECK,
-        tuple(prompts.take(length) for length in CHECK_LENGTHS),
-        (CHECK_TOKENS,) * len(CHECK_LENGTHS),
+        tuple(prompts.take(length) for length in check_lengths),
+        (CHECK_TOKENS,) * len(check_lengths),
         wants_gaps=True,
     )
     cells = [
@@ -102,9 +120,11 @@ def plan_workloads(
         for batch in batches
     ]
     numbers = random.Random(seed)
-    most = min(MIXED_LONGEST, longest - _MIXED_NEW[1])
     # As many short prompts as long ones on a logarithmic scale, as of chats and documents.
-    lengths = [round(16 * (most / 16) ** numbers.random()) for _ in range(MIXED_REQUESTS)]
+    lengths = [
+        round(_MIXED_SHORTEST * (most / _MIXED_SHORTEST) ** numbers.random())
+        for _ in range(MIXED_REQUESTS)
+    ]
     mixed = Workload(
         MIXED,
         tuple(prompts.take(length) for length in lengths),
@@ -113,6 +133,13 @@ def plan_workloads(
         warm_ups=1,
     )
     return [check, *cells, mixed]
+
+
+def _check_lengths(contexts: Sequence[int], longest: int | None) -> list[int]:
+    """Of the check's prompts: short ones, and the largest measured context where it is longer."""
+    room = CHECK_LONGEST if longest is None else min(CHECK_LONGEST, longest - CHECK_TOKENS)
+    wanted = (*CHECK_LENGTHS, max(*CHECK_LENGTHS, *contexts))
+    return sorted({min(length, room) for length in wanted})
 
 
 def token_stream(model: Path) -> list[int]:

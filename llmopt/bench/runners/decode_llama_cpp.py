@@ -33,7 +33,7 @@ class LlamaCpp:
 
     def __init__(self, request: dict[str, Any]) -> None:
         parameters = llama_cpp.llama_model_default_params()
-        parameters.n_gpu_layers = 999 if request["device"] == "cuda" else 0
+        parameters.n_gpu_layers = 999 if request["device"].startswith("cuda") else 0
         self._model = llama_cpp.llama_model_load_from_file(request["model"].encode(), parameters)
         if self._model is None:
             raise RuntimeError(f"llama.cpp cannot load {request['model']}")

@@ -14,6 +14,8 @@ from llmopt.decoding import Engine
 
 PACKAGES = ("llmopt", "transformers")
 Answer = tuple[list[list[int]], list[list[float]]]
+_PLAIN = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+"""By name: ``auto`` would take the cache that a checkpoint was judged with."""
 
 
 def open_engine(request: dict[str, Any]) -> Llmopt:
@@ -28,7 +30,7 @@ class Llmopt:
         self.notes: list[str] = []
         self._engine = Engine(
             request["model"],
-            kv_cache="auto" if request["kv"] == "16-bit" else request["kv"],
+            kv_cache=_PLAIN[request["dtype"]] if request["kv"] == "16-bit" else request["kv"],
             max_context=request["max_context"],
             max_sequences=request["max_sequences"],
             dtype=request["dtype"],

@@ -79,19 +79,19 @@ def _answer(engine: Any, workload: dict[str, Any], device: str, vocabulary: int)
 
 
 def _forget_peak(device: str) -> None:
-    if device == "cuda":
+    if device.startswith("cuda"):
         import torch
 
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5", "ascii")  # VmHWM becomes VmRSS
 
 
 def _peak_bytes(device: str) -> int:
-    if device == "cuda":
+    if device.startswith("cuda"):
         import torch
 
-        return int(torch.cuda.max_memory_allocated())
+        return int(torch.cuda.max_memory_allocated(device))
     return int(memory_bytes("VmHWM"))
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from support.small_jobs import write_job
 
 from llmopt.bench.decode import run as running
-from llmopt.bench.decode.engines import Entry
+from llmopt.bench.decode.engines import Entry, plan_entries
 from llmopt.bench.decode.measuring import hear
 from llmopt.bench.decode.run import DecodeOptions, bench_decode
 from llmopt.bench.decode.traffic import Bandwidth
 from llmopt.bench.decode.workloads import MIXED
 from llmopt.bench.measuring import RunError
+from llmopt.bench.runners import decode_llmopt
 from llmopt.errors import BadInputError
 
 ENGINE = """
@@ -154,6 +158,73 @@ def test_an_engine_without_its_environment_is_unavailable(
     report = bench_decode(options(source, runners, entry))
     assert {row.status for row in report.rows} == {"unavailable"}
     assert "there is no environment" in report.rows[0].reason
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+@pytest.mark.parametrize(
+    ("check", "said"),
+    [
+        ("raise SystemExit(3)", "other is built for the CPU alone"),
+        ("import nothing_like_it", "cannot tell whether it computes on cuda"),
+    ],
+)
+def test_an_engine_built_for_the_cpu_has_no_rows_of_a_gpu(
+    source: Path,
+    runners: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    check: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(running, "_machine", lambda device: f"a {device.type}")
+    entry = Entry("other", "toy_engine", "16-bit", gpu_check=check)
+    report = bench_decode(replace(options(source, runners, entry), device=device))
+    assert {row.status for row in report.rows} == {"unavailable"}
+    assert all(said in row.reason for row in report.rows)
+    assert report.setting.machine == "a cuda"
+
+
+def test_a_check_of_the_gpu_is_no_matter_on_a_cpu(source: Path, runners: Path) -> None:
+    entry = Entry("other", "toy_engine", "16-bit", gpu_check="raise SystemExit(3)")
+    report = bench_decode(options(source, runners, entry))
+    assert {row.status for row in report.rows} == {"measured"}
+
+
+def test_peers_that_are_built_for_the_cpu_are_asked() -> None:
+    for entry in plan_entries(["16-bit"], ["16-bit"], ["llama.cpp", "vllm"], ["BF16"]):
+        assert bool(entry.gpu_check) == (entry.engine in ("llama.cpp", "vllm"))
+
+
+def test_memory_is_the_gpus_by_any_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(decode_llmopt.__file__).parent))
+    session = importlib.import_module("decode_session")
+    monkeypatch.setattr(session, "memory_bytes", lambda name: name)
+    for device in ("cuda", "cuda:0"):
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 42)
+        assert session._peak_bytes(device) == 42
+
+
+def test_the_floor_is_of_the_element_type_that_engines_compute_in(
+    source: Path, runners: Path
+) -> None:
+    entry = Entry("llmopt", "toy_engine", "16-bit", "int8")
+    files = Entry("llama.cpp", "toy_engine", "F32")
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        asked = replace(
+            options(source, runners, REFERENCE, entry, files),
+            dtype=dtype,
+            output=source.parent / dtype,
+        )
+        for row in bench_decode(asked).rows:
+            if row.context is not None:
+                found[row.engine, row.workload, dtype] = row.step_bytes
+    plain = [found["transformers", "1x16", dtype] for dtype in ("bfloat16", "float32")]
+    assert plain[1] == 2 * plain[0]
+    int8 = [found["llmopt", "1x16", dtype] for dtype in ("bfloat16", "float32")]
+    cache = 20 * 3 * 2 * 2 * (8 + 4)
+    assert int8[1] - cache == 2 * (int8[0] - cache)
+    assert found["llama.cpp", "1x16", "bfloat16"] == found["llama.cpp", "1x16", "float32"]
 
 
 def test_a_context_that_the_model_was_not_made_for_is_refused(source: Path, runners: Path) -> None:

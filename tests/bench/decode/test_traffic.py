@@ -6,16 +6,12 @@ import pytest
 import torch
 from support.tiny_models import CONFIGS
 
-from llmopt.bench.decode.traffic import (
-    KEY_GROUP,
-    RECENT_WINDOW,
-    CacheShape,
-    cache_shape,
-    measure_bandwidth,
-)
+from llmopt.bench.decode.traffic import CacheShape, cache_shape, measure_bandwidth
+from llmopt.decoding.kv_cache_config import KVCacheConfig
 from llmopt_kernels.paged_kv import Kind, new_cache
 
 KV_HEADS, HEAD_DIM = 2, 64
+KEY_GROUP, RECENT_WINDOW = KVCacheConfig().page_size, KVCacheConfig().recent_window
 
 
 @pytest.mark.parametrize(
@@ -37,6 +33,14 @@ def test_bytes_are_those_of_the_pools(kv: str, kind: Kind) -> None:
     assert shape.read_bytes(kv, tokens) == wanted
 
 
+def test_what_is_not_quantized_has_the_element_type_that_engines_compute_in() -> None:
+    narrow, wide = (CacheShape(KV_HEADS, HEAD_DIM, (None,), size) for size in (2, 4))
+    assert wide.read_bytes("16-bit", 300) == 2 * narrow.read_bytes("16-bit", 300)
+    assert wide.read_bytes("int8", 300) == narrow.read_bytes("int8", 300)
+    recent = RECENT_WINDOW * 2 * KV_HEADS * HEAD_DIM
+    assert wide.read_bytes("int4", 300) - narrow.read_bytes("int4", 300) == 2 * recent
+
+
 def test_a_window_bounds_what_a_layer_reads() -> None:
     both = CacheShape(1, 4, (None, 8))
     assert both.read_bytes("16-bit", 100) == 2 * 4 * 2 * (100 + 8)
@@ -48,7 +52,7 @@ def test_a_window_bounds_what_a_layer_reads() -> None:
     [("llama", (None,) * 3), ("mistral", (8,) * 3), ("gemma2", (8, None, 8))],
 )
 def test_shapes_come_from_the_config(architecture: str, windows: tuple[int | None, ...]) -> None:
-    assert cache_shape(CONFIGS[architecture]()) == CacheShape(2, 8, windows)
+    assert cache_shape(CONFIGS[architecture](), 4) == CacheShape(2, 8, windows, 4)
 
 
 def test_bandwidth_is_measured_with_the_threads_asked_for() -> None:

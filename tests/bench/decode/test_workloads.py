@@ -49,6 +49,43 @@ def test_mixed_requests_keep_to_the_models_context() -> None:
         assert len(set(mixed.new_tokens)) > 8
 
 
+@pytest.mark.parametrize(
+    ("longest", "contexts", "lengths"),
+    [
+        (2048, (32, 700), [17, 64, 130, 200, 700]),
+        (None, (5000,), [17, 64, 130, 200, 1024]),
+        (150, (32,), [17, 64, 118]),
+    ],
+)
+def test_the_check_asks_for_the_longest_context_measured_within_bounds(
+    longest: int | None, contexts: tuple[int, ...], lengths: list[int]
+) -> None:
+    check = plan_workloads(STREAM, (1,), contexts, 8, 1, longest)[0]
+    assert check.name == CHECK
+    assert [len(prompt) for prompt in check.prompts] == lengths
+    assert longest is None or check.longest <= longest
+
+
+@pytest.mark.parametrize("longest", [40, 128, 144])
+def test_a_context_that_leaves_mixed_requests_no_prompts_is_refused(longest: int) -> None:
+    with pytest.raises(BadInputError, match="no prompts of more than 16") as error:
+        plan_workloads(STREAM, (1,), (16,), 8, 1, longest)
+    assert "more than 144" in error.value.remedy
+    mixed = plan_workloads(STREAM, (1,), (16,), 8, 1, 145)[-1]
+    assert min(map(len, mixed.prompts)) >= 16 and mixed.longest <= 145
+
+
+def test_a_model_without_a_context_has_mixed_requests_of_every_length() -> None:
+    mixed = plan_workloads(STREAM, (1,), (16,), 8, 1, None)[-1]
+    assert 512 < max(map(len, mixed.prompts)) <= 1024
+
+
+def test_a_single_new_token_is_refused() -> None:
+    with pytest.raises(BadInputError, match="1 new tokens") as error:
+        plan_workloads(STREAM, (1,), (16,), 1, 1, 2048)
+    assert "2 or more" in error.value.remedy
+
+
 def test_a_context_longer_than_the_text_is_refused() -> None:
     with pytest.raises(BadInputError, match="shorter contexts"):
         plan_workloads(STREAM, (1,), (40_000,), 8, 1, 2048)
