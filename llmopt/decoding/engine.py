@@ -119,6 +119,12 @@ class Engine:
         with self._state:
             return self._scheduler.pages.num_free_pages()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What makes this engine slower than engines of other models are, and why."""
+        why = self._runner.capture_refusal
+        return () if why is None else (f"decode steps run without CUDA graphs: {why}",)
+
     def generate(self, prompts: Prompt | AnySequence[Prompt], **options: Any) -> list[Completion]:
         """Answer one prompt or several, and return when all are answered.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from support.engines import (
     tiny_tokenizer,
     transformers_tokens,
 )
+from support.tiny_models import CONFIGS, build_model
 
 from llmopt.decoding import Engine
+from llmopt.decoding.runner import Runner
 
 PROMPTS = random_prompts(6)
 FULL = {"full": 64}
@@ -59,6 +62,20 @@ def test_a_text_is_encoded_as_the_tokenizer_does(engine: Engine) -> None:
     assert by_text.token_ids == by_ids.token_ids == by_tensor.token_ids
     assert engine.generate(text, max_new_tokens=6)[0].token_ids == by_ids.token_ids
     assert engine.generate(ids, max_new_tokens=6)[0].token_ids == by_ids.token_ids
+
+
+def test_notes_tell_why_no_step_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU's attention, whose torch references run here, as an engine on a GPU has it."""
+    with monkeypatch.context() as patch:
+        by_kernels = functools.partial(Runner, backend="kernels")
+        patch.setattr("llmopt.decoding.engine.Runner", by_kernels)
+        engines = [
+            Engine(build_model(CONFIGS[family](head_dim=64)).bfloat16(), num_pages=4)
+            for family in ("llama", "mixtral")
+        ]
+    notes = [one.notes for one in engines]
+    assert notes[0] == () and len(notes[1]) == 1
+    assert "CUDA graphs" in notes[1][0] and "which experts a step needs" in notes[1][0]
 
 
 @pytest.mark.parametrize("where", ["config", "generation_config"])

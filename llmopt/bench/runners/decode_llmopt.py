@@ -27,7 +27,6 @@ class Llmopt:
     """A running engine."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        self.notes: list[str] = []
         self._engine = Engine(
             request["model"],
             kv_cache=_PLAIN[request["dtype"]] if request["kv"] == "16-bit" else request["kv"],
@@ -36,6 +35,7 @@ class Llmopt:
             dtype=request["dtype"],
             device=request["device"],
         )
+        self.notes = list(self._engine.notes)
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> Answer:
         """See ``decode_session``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,15 @@ from llmopt.decoding.stored_cache import choose_cache
 from llmopt.formats.kv_cache import CONFIG_KEY, own_section
 from llmopt.kv_cache.settings import KVCacheSettings
 
+REQUEST = {
+    "is_packed": False,
+    "kv": "16-bit",
+    "variant": "dynamic",
+    "dtype": "float32",
+    "device": "cpu",
+    "max_context": 32,
+    "max_sequences": 2,  # fewer than requests: one waits
+}
 PROMPTS = [[5, 9, 3], [11, 2, 7, 8, 40, 1, 96, 12, 3], [60]]
 NEW_TOKENS = [6, 4, 9]
 
@@ -23,16 +33,7 @@ def test_every_token_has_its_moment_and_plain_caches_give_transformers_tokens(
     tmp_path: Path, kv: str
 ) -> None:
     write_checkpoint(tmp_path, llama_config())
-    request = {
-        "model": str(tmp_path),
-        "is_packed": False,
-        "kv": kv,
-        "variant": "dynamic",
-        "dtype": "float32",
-        "device": "cpu",
-        "max_context": 32,
-        "max_sequences": 2,  # fewer than requests: one waits
-    }
+    request = {**REQUEST, "model": str(tmp_path), "kv": kv}
     engine = decode_llmopt.open_engine(request)
     for _ in range(2):
         tokens, times = engine.run(PROMPTS, NEW_TOKENS)
@@ -64,10 +65,20 @@ def test_rows_say_which_cache_it_was_whatever_the_checkpoint_was_judged_with(
     assert choose_cache("auto", tmp_path).kind == "int8"
     asked = {}
 
-    def engine(model: str, **options: Any) -> None:
+    def engine(model: str, **options: Any) -> SimpleNamespace:
         asked.update(options)
+        return SimpleNamespace(notes=())
 
     monkeypatch.setattr(decode_llmopt, "Engine", engine)
     request = {"model": str(tmp_path), "kv": kv, "dtype": dtype, "device": "cpu"}
     decode_llmopt.open_engine({**request, "max_context": 32, "max_sequences": 2})
     assert choose_cache(asked["kv_cache"], tmp_path).kind == kind
+
+
+def test_readers_learn_what_the_engine_has_to_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, llama_config())
+    monkeypatch.setattr("llmopt.decoding.Engine.notes", ("without CUDA graphs",))
+    engine = decode_llmopt.open_engine({**REQUEST, "model": str(tmp_path)})
+    assert engine.notes == ["without CUDA graphs"]
