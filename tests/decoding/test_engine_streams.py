@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support.engines import random_prompts, tiny_engine
 
 from llmopt.decoding import Completion, Engine
@@ -218,6 +220,28 @@ def test_cancelling_while_a_forward_runs(engine: Engine, monkeypatch: pytest.Mon
     assert answers[victim].finish_reason == "cancelled" and len(answers[victim].token_ids) == 2
     assert answers[stays].token_ids == expected
     assert engine.num_free_pages == ALL_FREE
+
+
+def test_a_gpu_is_waited_for_where_others_may_come_and_go(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its forward is queued only; a test of the order, as there is no GPU here."""
+    events: list[object] = []
+
+    def synchronize(device: object) -> None:
+        thread = threading.Thread(target=lambda: engine.submit(PROMPTS[1], **OPTIONS))
+        thread.start()
+        thread.join(30)
+        events.append((device, thread.is_alive()))
+
+    logits = SimpleNamespace(is_cuda=True, device="cuda:1")
+    monkeypatch.setattr(engine._runner, "run", lambda step: logits)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(engine, "_sample", lambda step, logits: events.append("sampled"))
+    engine.submit(PROMPTS[0], **OPTIONS)
+    engine._advance()
+    assert events == [("cuda:1", False), "sampled"]
+    assert len(engine._tracked) == 2
 
 
 def test_five_hundred_requests_with_random_lengths_options_and_cancellations() -> None:
