@@ -22,12 +22,22 @@ class Agreement:
         first_difference: place in the answer, of the request that differs first; none if none.
         largest_gap: by how much the reference's best logit led, at most, where a request differs
             first; none if none does, or the reference does not tell.
+        noise: by how much another batch shape moves a lead of the reference's own; none if it does
+            not tell.
     """
 
     requests: int
     identical: int
     first_difference: int | None = None
     largest_gap: float | None = None
+    noise: float | None = None
+
+    @property
+    def is_beyond_noise(self) -> bool:
+        """Whether a request differs where rounding does not explain it."""
+        if self.largest_gap is None or self.noise is None:
+            return False
+        return self.largest_gap > self.noise
 
     def __str__(self) -> str:
         """A cell of the table."""
@@ -40,13 +50,16 @@ class Agreement:
         return told
 
 
-def compare(found: Tokens, wanted: Tokens, gaps: Gaps | None = None) -> Agreement:
+def compare(
+    found: Tokens, wanted: Tokens, gaps: Gaps | None = None, noise: float | None = None
+) -> Agreement:
     """Compare answers request by request.
 
     Args:
         found: an engine's.
         wanted: the reference's, of the same lengths.
         gaps: how far the reference's best logit led at each of its tokens.
+        noise: how far another batch shape moves such a lead.
     """
     places = []
     leads = []
@@ -62,4 +75,5 @@ def compare(found: Tokens, wanted: Tokens, gaps: Gaps | None = None) -> Agreemen
         identical=len(wanted) - len(places),
         first_difference=min(places, default=None),
         largest_gap=max(leads, default=None),
+        noise=noise,
     )

@@ -66,6 +66,11 @@ class Entry:
         """The engine with its variant."""
         return f"{self.engine} ({self.variant})" if self.variant else self.engine
 
+    @property
+    def owes_tokens(self) -> bool:
+        """Whether its tokens are the reference's but for rounding: nothing of it is quantized."""
+        return self.engine == LLMOPT and self.weights == self.kv == "16-bit"
+
     def runs(self, workload: str) -> bool:
         """Whether a workload is one of its own."""
         kind = workload if workload in (CHECK, MIXED) else CELLS

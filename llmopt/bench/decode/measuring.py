@@ -81,6 +81,7 @@ class Answer:
         tokens: of every request, in the first run that counts.
         peak_bytes: highest resident memory during the runs; of a GPU, highest allocated.
         gaps: by how much the best logit led at every token, of the reference.
+        noise: by how much another batch shape moves such a lead, likewise.
         error: why there is none of it.
     """
 
@@ -89,6 +90,7 @@ class Answer:
     tokens: list[list[int]] = field(default_factory=list)
     peak_bytes: int = 0
     gaps: list[list[float]] | None = None
+    noise: float | None = None
     error: str = ""
 
 

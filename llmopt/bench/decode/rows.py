@@ -59,9 +59,10 @@ class DecodeRow:
         batch: requests.
         context: tokens of a prompt; none of mixed ones.
         status: ``unavailable`` could not be installed, ``failed`` broke.
-        model: what was decoded, with the word that it is grown where it is.
+        model: what was decoded; of a grown one, what it was grown from and to.
         machine: it ran on.
         commit: of the checkout.
+        is_grown: whether the model is.
         reason: why it was not measured.
         repeats: runs behind the spreads.
         timing: rates and latencies.
@@ -84,6 +85,7 @@ class DecodeRow:
     model: str
     machine: str
     commit: str | None
+    is_grown: bool = False
     reason: str = ""
     repeats: int = 0
     timing: Timing | None = None

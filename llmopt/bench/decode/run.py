@@ -254,7 +254,7 @@ class _Run:
         reference = self.references.get(entry.reference)
         if reference is None:
             return None
-        return compare(answer.tokens, reference.tokens, reference.gaps)
+        return compare(answer.tokens, reference.tokens, reference.gaps, reference.noise)
 
     def _measured(
         self,
@@ -267,6 +267,12 @@ class _Run:
         error = heard.error(load.name)
         if error or heard.opened is None:
             return self._row(entry, load, "failed", error)
+        if agreement is not None and agreement.is_beyond_noise and entry.owes_tokens:
+            reason = (
+                f"its tokens are not the reference's: {agreement}, and another batch shape moves a "
+                f"lead by {agreement.noise:.3f} at most"
+            )
+            return replace(self._row(entry, load, "failed", reason), agreement=agreement)
         answer = heard.answers[load.name]
         step_bytes = floor = None
         if load.name != MIXED:
@@ -299,6 +305,7 @@ class _Run:
             context=None if load.name == MIXED else len(load.prompts[0]),
             status=status,
             model=setting.model,
+            is_grown=setting.is_grown,
             machine=setting.machine,
             commit=setting.commit,
             reason=reason,

@@ -40,6 +40,7 @@ NARROW = (
     "first token s",
     "token p99 ms",
     "peak MiB",
+    "same tokens",
 )
 
 
@@ -68,9 +69,11 @@ def decode_markdown(report: DecodeReport) -> str:
 def row_cells(row: DecodeRow) -> tuple[str, ...]:
     """The cells of a row; the status stands for the numbers where there are none."""
     context = "mixed" if row.context is None else f"{row.context}"
-    head = (row.name, row.weights, row.kv, str(row.batch), context)
+    name = f"{row.name} (grown)" if row.is_grown else row.name
+    head = (name, row.weights, row.kv, str(row.batch), context)
     if row.status != "measured":
-        return (*head, row.status, *("",) * (len(HEADINGS) - 6))
+        told = "" if row.agreement is None else str(row.agreement)
+        return (*head, row.status, *("",) * (len(HEADINGS) - 7), told)
     timing = row.timing
     assert timing is not None and row.peak_bytes is not None
     achieved, of_floor = row.achieved_bytes_per_s, row.of_floor

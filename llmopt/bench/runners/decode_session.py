@@ -4,7 +4,8 @@
 has ``open_engine(request)``, which gives an object with ``run(prompts, new_tokens)``, and
 ``PACKAGES``, whose versions are told. ``run`` answers greedily, never stops early, and returns the
 tokens of every request and the seconds after its start at which each of them was known. An engine
-that can tells with ``gaps`` how far the best token led before the next.
+that can tells with ``gaps`` how far the best token led before the next, and with ``noise`` how far
+another batch shape moves such a lead.
 
 The first line of the answers is on the engine, then there is one for every workload, written as
 soon as it is done, so that what was measured before a crash is kept. Fields are those of
@@ -72,6 +73,7 @@ def _answer(engine: Any, workload: dict[str, Any], device: str, vocabulary: int)
         answer["peak_bytes"] = _peak_bytes(device)
         if workload["wants_gaps"] and hasattr(engine, "gaps"):
             answer["gaps"] = engine.gaps(prompts, answer["tokens"])
+            answer["noise"] = engine.noise(prompts, answer["tokens"])
     except Exception as error:  # whatever it raises is its answer; the next workload may go well
         traceback.print_exc()
         answer = {"name": workload["name"], "error": f"{type(error).__name__}: {error}"}

@@ -62,12 +62,39 @@ class Padded:
         """By how much the logit of the best token led before the next, at every token."""
         found = []
         for prompt, row in zip(prompts, tokens, strict=True):
-            ids = torch.tensor([[*prompt, *row]], device=self.model.device)
-            with torch.inference_mode():
-                logits = self.model(ids).logits[0, len(prompt) - 1 : -1].float()
-            best = logits.topk(2, dim=-1).values
+            best = self._whole(prompt, row).topk(2, dim=-1).values
             found.append((best[:, 0] - best[:, 1]).tolist())
         return found
+
+    def noise(self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> float:
+        """By how much another batch shape can move the lead of one token before another.
+
+        Both logits of a lead move, each by at most the largest difference found between a whole
+        forward of one sequence and the same tokens decoded one by one in a batch of two.
+        """
+        largest = 0.0
+        for prompt, row in zip(prompts, tokens, strict=True):
+            apart = self._whole(prompt, row) - self._stepwise(prompt, row)
+            largest = max(largest, float(apart.abs().max()))
+        return 2 * largest
+
+    def _whole(self, prompt: Sequence[int], row: Sequence[int]) -> torch.Tensor:
+        """``(tokens of the answer, vocabulary) float32``, in one forward."""
+        ids = torch.tensor([[*prompt, *row]], device=self.model.device)
+        with torch.inference_mode():
+            logits: torch.Tensor = self.model(ids).logits[0, len(prompt) - 1 : -1].float()
+        return logits
+
+    def _stepwise(self, prompt: Sequence[int], row: Sequence[int]) -> torch.Tensor:
+        """The same, decoded beside a sequence of the same tokens."""
+        logits, cache = [], None
+        with torch.inference_mode():
+            for part in (list(prompt), *([token] for token in row[:-1])):
+                ids = torch.tensor([part, part], device=self.model.device)
+                found = self.model(ids, past_key_values=cache, use_cache=True)
+                cache = found.past_key_values
+                logits.append(found.logits[0, -1].float())
+        return torch.stack(logits)
 
 
 class Sequential(Padded):

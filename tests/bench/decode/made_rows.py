@@ -39,6 +39,7 @@ def made_row(rate: float, width: float = 0.01, **changes: Any) -> DecodeRow:
         "context": context,
         "status": "measured",
         "model": SETTING.model,
+        "is_grown": SETTING.is_grown,
         "machine": SETTING.machine,
         "commit": SETTING.commit,
         "repeats": 3,

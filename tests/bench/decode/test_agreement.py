@@ -20,4 +20,8 @@ def test_the_first_difference_and_the_lead_there_are_told() -> None:
     assert str(agreement) == (
         "1/3 identical, else from token 2 on, where the lead was at most 0.050"
     )
+    assert not agreement.is_beyond_noise  # nobody said how much noise there is
+    assert compare(found, wanted, gaps, noise=0.049).is_beyond_noise
+    assert not compare(found, wanted, gaps, noise=0.051).is_beyond_noise
+    assert not compare(wanted, wanted, gaps, noise=0.0).is_beyond_noise
     assert str(compare(found, wanted)) == "1/3 identical, else from token 2 on"

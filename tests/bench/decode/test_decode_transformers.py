@@ -79,3 +79,22 @@ def test_gaps_are_leads_of_the_best_logit(
     best = logits.topk(2).values
     assert gaps[1][2] == pytest.approx(float(best[0] - best[1]), abs=1e-4)
     assert logits.numel() == VOCABULARY
+
+
+def test_noise_is_twice_what_another_batch_shape_does_to_a_logit(
+    engine: Callable[[str], Any], wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine("dynamic")
+    assert 0 <= made.noise(PROMPTS, wanted) < 1e-4  # of float32
+    whole = made._whole(PROMPTS[1], wanted[1])
+    torch.testing.assert_close(made._stepwise(PROMPTS[1], wanted[1]), whole, rtol=0, atol=1e-5)
+    stepwise = made._stepwise
+
+    def moved(prompt: list[int], row: list[int]) -> torch.Tensor:
+        logits = stepwise(prompt, row)
+        if prompt == PROMPTS[1]:
+            logits[2, 7] -= 0.25
+        return logits
+
+    monkeypatch.setattr(made, "_stepwise", moved)
+    assert made.noise(PROMPTS, wanted) == pytest.approx(0.5, abs=1e-4)

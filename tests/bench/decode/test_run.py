@@ -13,6 +13,7 @@ import torch
 from support.small_jobs import write_job
 
 from llmopt.bench.decode import run as running
+from llmopt.bench.decode.break_even import sentences
 from llmopt.bench.decode.engines import Entry, plan_entries
 from llmopt.bench.decode.measuring import hear
 from llmopt.bench.decode.run import DecodeOptions, bench_decode
@@ -47,6 +48,8 @@ class Engine:
         return tokens, [[step * (i + 1) for i in range(n)] for n in new_tokens]
     def gaps(self, prompts, tokens):
         return [[0.25] * len(row) for row in tokens]
+    def noise(self, prompts, tokens):
+        return 0.2 if self.request["variant"] == "quiet" else 0.3
 
 open_engine = Engine
 """
@@ -182,6 +185,30 @@ def test_an_engine_built_for_the_cpu_has_no_rows_of_a_gpu(
     assert {row.status for row in report.rows} == {"unavailable"}
     assert all(said in row.reason for row in report.rows)
     assert report.setting.machine == "a cuda"
+
+
+@pytest.mark.parametrize(("variant", "is_failed"), [("quiet", True), ("dynamic", False)])
+def test_plain_rows_of_ours_with_other_tokens_than_noise_explains_are_failed(
+    source: Path, runners: Path, variant: str, is_failed: bool
+) -> None:
+    report = bench_decode(
+        options(
+            source,
+            runners,
+            Entry("transformers", "toy_engine", "16-bit", variant=variant),
+            Entry("llmopt", "toy_engine", "16-bit", variant="differs", reference="16-bit"),
+            Entry("llmopt", "toy_engine", "16-bit", "int8", "differs", reference="16-bit"),
+            Entry("other", "toy_engine", "16-bit", variant="differs", reference="16-bit"),
+        )
+    )
+    status = {(row.engine, row.kv): row.status for row in report.rows}
+    assert status["llmopt", "16-bit"] == ("failed" if is_failed else "measured")
+    assert status["llmopt", "int8"] == status["other", "16-bit"] == "measured"
+    lines = [line for line in sentences(report) if "int8 cache" in line or "llmopt at" in line]
+    assert bool(lines) != is_failed
+    if is_failed:
+        row = next(row for row in report.rows if row.status == "failed")
+        assert "moves a lead by 0.200" in row.reason and "at most 0.250" in row.reason
 
 
 def test_a_check_of_the_gpu_is_no_matter_on_a_cpu(source: Path, runners: Path) -> None:

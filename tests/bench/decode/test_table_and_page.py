@@ -58,6 +58,28 @@ def test_the_terminal_shows_the_same_rows() -> None:
     assert "do not enable int4 weights above batch 4" in capture.get()
 
 
+def test_every_row_says_that_its_model_is_grown() -> None:
+    page, text = render_decode_page(REPORT), decode_markdown(REPORT)
+    shown = Console(width=250)
+    with shown.capture() as capture:
+        shown.print(render_decode_table(REPORT))
+    for row in REPORT.rows:
+        assert row_cells(row)[0] == f"{row.name} (grown)"
+    assert text.count("(grown) |") == page.count("(grown)</td>") == len(REPORT.rows)
+    assert capture.get().count("(grown)") == len(REPORT.rows)
+    plain = made_row(20.0, is_grown=False)
+    assert row_cells(plain)[0] == plain.name
+
+
+def test_the_terminal_tells_whose_tokens_differ() -> None:
+    shown = Console(width=250)
+    with shown.capture() as capture:
+        shown.print(render_decode_table(REPORT))
+    assert "3/4 identical, else from token 25 on" in capture.get()
+    failed = made_row(1.0, status="failed", timing=None, agreement=Agreement(4, 3, 24, 0.5, 0.1))
+    assert row_cells(failed)[-1] == str(failed.agreement)
+
+
 def test_the_page_plots_every_context_and_escapes_what_it_is_told() -> None:
     page = render_decode_page(REPORT)
     titles = [figure.title for figure in figures(REPORT)]
