@@ -48,7 +48,7 @@ def test_fifteen_blocks_take_no_more_memory_than_three(tmp_path: Path) -> None:
 
 
 def test_a_table_of_a_gguf_file_is_nowhere_held_whole_in_float32(tmp_path: Path) -> None:
-    rows, columns = 65_536, 256
+    rows, columns = 131_072, 256
     config = llama_config(
         vocab_size=rows, hidden_size=columns, num_hidden_layers=1, tie_word_embeddings=True
     )
