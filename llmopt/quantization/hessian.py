@@ -65,7 +65,7 @@ def factorize(hessian: Tensor, order: Tensor | None, damping: float) -> Factor:
         num_factorizations += 1
         # Taken anew for every try and factored where it lies, column-major as LAPACK has it: of a
         # wide layer a Hessian is the largest thing in memory, and each copy counts.
-        lower = hessian[backwards.unsqueeze(1), backwards].t()
+        lower = hessian.t()[backwards.unsqueeze(1), backwards].t()
         lower.diagonal().copy_(live + damping * unit)
         torch.linalg.cholesky_ex(lower, out=(lower, failure))
         if int(failure) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
